@@ -1,0 +1,5 @@
+"""`python -m edgeexport` is the command `edgeexport`."""
+
+from edgeexport.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""Backends by name. Each is a module that fits `Backend`; a third party adds one by the entry point
+`edgeexport.backends` (name = backend, value = module)."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol, cast
+
+from edgeexport import errors
+from edgeexport.backends.optable import OpTable
+from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPlan, Target, WeightSource
+
+BACKENDS: Mapping[str, str] = {"onnxruntime": "edgeexport.backends.onnxruntime"}
+"""Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""
+
+
+class Backend(Protocol):
+    """What a backend module offers. `check` is pure and needs no SDK; `compile` may need one."""
+
+    NAME: str
+    OPS: OpTable
+    OPTIONS: type
+    """Frozen dataclass whose fields are the keys allowed under [options] of a target file."""
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the tools that `compile` uses. Raises ToolError where one is missing."""
+
+    def check(self, model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
+        """Every node that this backend refuses, all at once; empty when it can be compiled."""
+
+    def compile(
+        self,
+        model: CanonicalModel,
+        target: Target,
+        plan: QuantPlan,
+        source: WeightSource,
+        work: Path,
+        progress: Progress,
+    ) -> Artifact:
+        """Write the artifact's files into `work`, streaming every weight from `source`."""
+
+
+def known() -> dict[str, str]:
+    """Every backend, built in or installed. Raises `duplicate-plugin` where a package offers a name we have."""
+    found = dict(BACKENDS)
+    for point in entry_points(group="edgeexport.backends"):
+        if point.name in found:
+            raise errors.duplicate_plugin("backend", point.name, point.value)
+        found[point.name] = point.value
+    return found
+
+
+def load(name: str) -> Backend:
+    """The backend module. An import failure surfaces with its cause. Raises `unknown-backend`."""
+    modules = known()
+    if name not in modules:
+        raise errors.unknown_backend(name, modules)
+    return cast(Backend, importlib.import_module(modules[name]))
+
+
+def load_runner(name: str) -> Any:
+    """The host runner of a backend: a module with `open_decoder(folder, component, *, threads)`; no torch needed."""
+    modules = known()
+    if name not in modules:
+        raise errors.unknown_backend(name, modules)
+    runner: ModuleType = importlib.import_module(modules[name] + "_runner")
+    return runner

@@ -1,0 +1,121 @@
+"""ONNX Runtime: the canonical graph to `.onnx` with one weight file beside it, or to `.ort`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeexport import errors
+from edgeexport.backends import storage
+from edgeexport.backends.onnxruntime_ops import OPS, Lowering
+from edgeexport.core import (
+    Artifact,
+    CanonicalModel,
+    Finding,
+    Progress,
+    QuantPlan,
+    Signature,
+    Target,
+    WeightSource,
+    no_progress,
+)
+
+NAME = "onnxruntime"
+__all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """[options] of a target for this backend."""
+
+    accuracy_level: int = 4
+    """MatMulNBits' compute type: 4 rounds activations to int8 per block and is fast; 1 computes in float32."""
+    ort_format: bool = False
+    """Also write `.ort`, for builds of the runtime without the ONNX parser. Loads the model: files under 2 GB only."""
+
+
+OPTIONS = Options
+
+
+def versions() -> dict[str, str]:
+    """Versions of the tools that shape the artifact's bytes."""
+    import onnx
+    import onnx_ir
+    import onnxruntime
+
+    return {"onnx": onnx.__version__, "onnx-ir": onnx_ir.__version__, "onnxruntime": onnxruntime.__version__}
+
+
+def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
+    """Every node that the table refuses or does not know, all at once. Pure; no SDK."""
+    findings = []
+    for node in model.graph.graph:
+        row = OPS.get(node.op_type)
+        if row is None or row.kind == "reject":
+            why, fix = (
+                (row.why, row.fix) if row else ("the op table has no row for it", "add a row to onnxruntime_ops.py")
+            )
+            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
+        elif row.limit is not None and (reason := row.limit(node)) is not None:
+            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
+    return findings
+
+
+def compile(
+    model: CanonicalModel,
+    target: Target,
+    plan: QuantPlan,
+    source: WeightSource,
+    work: Path,
+    progress: Progress = no_progress,
+) -> Artifact:
+    """Write `<component>.onnx` and `<component>.onnx.data` into `work`.
+
+    Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
+    """
+    import onnx_ir as ir
+    import onnx_ir.passes.common as common
+
+    options = Options(**target.options)
+    layout = storage.Layout(f"{model.component}.onnx.data")
+    lowering = Lowering(model, plan, layout, options.accuracy_level)
+    lowered = lowering.run()
+    common.RemoveUnusedNodesPass()(lowered)
+    common.TopologicalSortPass()(lowered)
+    graph_file = work / f"{model.component}.onnx"
+    storage.write(work, layout, source, progress)
+    try:
+        graph_file.write_bytes(ir.serde.serialize_model(lowered).SerializeToString(deterministic=True))
+    except OSError as problem:
+        raise errors.output_not_writable(work, str(problem)) from problem
+    files = [graph_file.name, layout.file]
+    if options.ort_format:
+        files.append(_write_ort(graph_file))
+    return Artifact(
+        component=model.component,
+        backend=NAME,
+        files=tuple(files),
+        signatures=(Signature("step", model.inputs, model.outputs),),
+        state=model.state,
+        weights=layout.weights,
+        tools=versions(),
+    )
+
+
+def _write_ort(graph_file: Path) -> str:
+    """The same model in ORT format, self-contained, optimised as far as any CPU may.
+
+    Raises: LoweringError `file-too-large` beyond the format's 2 GB.
+    """
+    import onnxruntime as ort
+
+    size = sum(path.stat().st_size for path in (graph_file, graph_file.with_name(graph_file.name + ".data")))
+    if size >= 2**31:
+        raise errors.ort_file_too_large(graph_file.with_suffix(".ort"), size, 2**31)
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(graph_file.with_suffix(".ort"))
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    ort.InferenceSession(str(graph_file), options, providers=["CPUExecutionProvider"])
+    return graph_file.with_suffix(".ort").name

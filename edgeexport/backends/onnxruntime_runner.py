@@ -1,0 +1,92 @@
+"""Run a bundle's decoder in ONNX Runtime on this machine, its KV cache bound once and updated in place."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeexport import errors
+
+PROVIDERS = ["CPUExecutionProvider"]
+
+
+class OnnxDecoder:
+    """One decoder at batch 1. Every buffer is allocated here, once; `step` allocates only for a new T."""
+
+    def __init__(
+        self, model: Path | bytes, state: tuple[tuple[str, str], ...], *, threads: int | None, folder: Path
+    ) -> None:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads:
+            options.intra_op_num_threads = threads
+        if isinstance(model, bytes):
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+        try:
+            self._session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=PROVIDERS
+            )
+        except (RuntimeError, ValueError) as problem:  # onnxruntime's exceptions derive from these
+            raise errors.artifact_does_not_open(str(folder), "onnxruntime", str(problem)) from problem
+        shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self.vocab = int(shapes["logits"][-1])
+        self.context = int(shapes[state[0][0]][2])
+        self.runtime_seconds = 0.0
+        self._ort = ort
+        self._binding = self._session.io_binding()
+        self._position = np.zeros(1, np.int64)
+        self._logits = np.zeros((1, 1, self.vocab), np.float32)
+        self._caches = [np.zeros(shapes[past], np.float32) for past, _ in state]
+        self._held = [
+            ort.OrtValue.ortvalue_from_numpy(array) for array in (self._position, self._logits, *self._caches)
+        ]
+        position, logits, *caches = self._held
+        self._binding.bind_ortvalue_input("position", position)
+        self._binding.bind_ortvalue_output("logits", logits)
+        for (past, present), cache in zip(state, caches, strict=True):
+            self._binding.bind_ortvalue_input(past, cache)
+            self._binding.bind_ortvalue_output(present, cache)
+        self._tokens: dict[int, tuple[npt.NDArray[np.int64], Any]] = {}
+        self._bound = 0
+
+    def step(self, tokens: npt.NDArray[np.int64], position: int) -> npt.NDArray[np.float32]:
+        """Write `tokens` [T] at cache slots position..; logits [V] of the last one, a view the next step overwrites."""
+        count = len(tokens)
+        if count != self._bound:
+            if count != 1:
+                self._tokens.pop(self._bound if self._bound != 1 else -1, None)  # keep one prompt buffer at most
+            if count not in self._tokens:
+                buffer = np.empty((1, count), np.int64)
+                self._tokens[count] = (buffer, self._ort.OrtValue.ortvalue_from_numpy(buffer))
+            self._binding.bind_ortvalue_input("input_ids", self._tokens[count][1])
+            self._bound = count
+        self._tokens[count][0][0] = tokens
+        self._position[0] = position
+        started = time.perf_counter()
+        self._session.run_with_iobinding(self._binding)
+        self.runtime_seconds += time.perf_counter() - started
+        logits: npt.NDArray[np.float32] = self._logits[0, 0]
+        return logits
+
+    def close(self) -> None:
+        """Let the runtime and the cache go."""
+        self._tokens.clear()
+        self._held.clear()
+        self._caches.clear()
+        del self._binding, self._session
+
+
+def open_decoder(folder: Path, component: Any, *, threads: int | None = None) -> OnnxDecoder:
+    """Open a component of a bundle's manifest as a decoder.
+
+    Raises: BundleError `artifact-does-not-open` with the runtime's message.
+    """
+    graph = next(name for name in component.files if name.endswith(".onnx"))
+    state = tuple((pair[0], pair[1]) for pair in component.state)
+    return OnnxDecoder(folder / graph, state, threads=threads, folder=folder)

@@ -1,0 +1,170 @@
+"""One file of weights, written in place: offsets are laid out first, then row blocks stream in from both cores."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from edgeexport import errors
+from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
+from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
+
+ALIGNMENT = 64
+"""Bytes: a cache line, and what SIMD loads of the runtimes want."""
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements per streamed row block: 4 MB of float32, so that two threads stay far below any memory bar."""
+
+
+@dataclass
+class Layout:
+    """Where each weight and each constant will lie in one file. Append in the order the runtime reads."""
+
+    file: str
+    size: int = 0
+    weights: dict[str, StoredWeight] = field(default_factory=dict)
+    constants: dict[str, tuple[int, Array]] = field(default_factory=dict)
+
+    def add(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], fmt: Format) -> tuple[int, int]:
+        """Reserve one run of rows for these weights, one after the other, so that they read as one matrix.
+
+        Returns the offsets of their data and of their scales (-1 for float formats).
+        """
+        widths = [shape[-1] if shape else 1 for shape in shapes]
+        counts = [int(np.prod(shape[:-1], dtype=np.int64)) for shape in shapes]
+        data = self._reserve(sum(n * row_bytes(w, fmt) for n, w in zip(counts, widths, strict=True)))
+        scales = self._reserve(sum(2 * n * blocks(w, fmt) for n, w in zip(counts, widths, strict=True)))
+        at, at_scales = data, scales
+        for name, shape, count, width in zip(names, shapes, counts, widths, strict=True):
+            self.weights[name] = StoredWeight(self.file, at, at_scales if fmt.integer else -1, fmt, shape)
+            at += count * row_bytes(width, fmt)
+            at_scales += 2 * count * blocks(width, fmt)
+        return data, scales if fmt.integer else -1
+
+    def add_constant(self, name: str, array: Array) -> int:
+        """Reserve room for a small array that is known already; returns its offset."""
+        offset = self._reserve(array.nbytes)
+        self.constants[name] = (offset, np.ascontiguousarray(array))
+        return offset
+
+    def _reserve(self, size: int) -> int:
+        offset = -(-self.size // ALIGNMENT) * ALIGNMENT if size else self.size
+        self.size = offset + size
+        return offset
+
+
+def row_bytes(width: int, fmt: Format) -> int:
+    """Bytes of one row of `width` elements, scales apart."""
+    return -(-width * fmt.bits // 8)
+
+
+def blocks(width: int, fmt: Format) -> int:
+    """Scales per row."""
+    if not fmt.integer:
+        return 0
+    return width // fmt.block if fmt.block else 1
+
+
+def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress, threads: int = 2) -> None:
+    """Write the file that `layout` describes. Rows are quantised and packed as they pass; nothing is kept.
+
+    Raises: UsageError `output-not-writable` when the disk is full or read-only.
+    """
+    path = folder / layout.file
+    total = sum(_elements(weight) for weight in layout.weights.values())
+    done = 0
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        try:
+            if layout.size:
+                os.posix_fallocate(descriptor, 0, layout.size)  # a full disk shows now, not after minutes
+            for offset, array in layout.constants.values():
+                _write_all(descriptor, array, offset)
+            jobs = [job for name, weight in layout.weights.items() for job in _jobs(name, weight, descriptor, source)]
+            with ThreadPoolExecutor(threads) as pool:
+                try:
+                    for elements in pool.map(lambda job: job(), jobs):
+                        done += elements
+                        progress(done, total)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+        finally:
+            os.close(descriptor)
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+
+
+def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Array:
+    """Rows as the artifact holds them, as float32 [stop - start, width]: read back, unpacked and dequantised.
+
+    Raises: BundleError `artifact-truncated` when the file ends early.
+    """
+    fmt, width = weight.format, weight.shape[-1] if weight.shape else 1
+    size, count = row_bytes(width, fmt), stop - start
+    path = folder / weight.file
+    raw = _read(path, weight.offset + start * size, count * size)
+    if not fmt.integer:
+        dtype = np.float32 if fmt.bits == 32 else np.float16
+        return raw.view(dtype).reshape(count, width).astype(np.float32)
+    values = (unpack_int4 if fmt.bits == 4 else unpack_int8)(raw.reshape(count, size)).astype(np.float32)
+    per_row = blocks(width, fmt)
+    scales = _read(path, weight.scales_offset + 2 * start * per_row, 2 * count * per_row).view(np.float16)
+    scaled = values.reshape(count, per_row, -1)
+    np.multiply(scaled, scales.reshape(count, per_row, 1).astype(np.float32), out=scaled)
+    return scaled.reshape(count, width)
+
+
+def _jobs(name: str, weight: StoredWeight, descriptor: int, source: WeightSource) -> list[Callable[[], int]]:
+    width = weight.shape[-1] if weight.shape else 1
+    rows = _elements(weight) // width
+    step = max(1, BLOCK_ELEMENTS // width)
+    if len(weight.shape) < 2:  # a vector: its elements are the reader's rows
+        return [lambda: _write_vector(name, weight, descriptor, source)]
+    return [
+        lambda start=start: _write_rows(name, weight, descriptor, source, start, min(rows, start + step))  # type: ignore[misc]
+        for start in range(0, rows, step)
+    ]
+
+
+def _write_vector(name: str, weight: StoredWeight, descriptor: int, source: WeightSource) -> int:
+    _write_all(descriptor, source.float_rows(name, 0, _elements(weight)), weight.offset)
+    return _elements(weight)
+
+
+def _write_rows(name: str, weight: StoredWeight, descriptor: int, source: WeightSource, start: int, stop: int) -> int:
+    fmt, width = weight.format, weight.shape[-1]
+    if fmt.integer:
+        values, scales = source.quantized_rows(name, start, stop)
+        packed = pack_int4(values) if fmt.bits == 4 else pack_int8(values)
+        _write_all(descriptor, scales, weight.scales_offset + 2 * start * blocks(width, fmt))
+    else:
+        packed = source.float_rows(name, start, stop)
+    _write_all(descriptor, packed, weight.offset + start * row_bytes(width, fmt))
+    return (stop - start) * width
+
+
+def _write_all(descriptor: int, array: Array, offset: int) -> None:
+    view = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _read(path: Path, offset: int, size: int) -> Array:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = np.empty(size, np.uint8)
+        got = file.readinto(memoryview(data)) if size else 0
+    if got != size:
+        raise errors.artifact_truncated(path, offset + size)
+    return data
+
+
+def _elements(weight: StoredWeight) -> int:
+    return int(np.prod(weight.shape, dtype=np.int64)) if weight.shape else 1

@@ -1,0 +1,113 @@
+"""Checks a bundle: every byte against the manifest, then the golden vectors against the artifact itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeexport import errors
+from edgeexport.bundle import manifest as manifests
+from edgeexport.bundle.bundle import Bundle, check_size, read_manifest
+from edgeexport.bundle.files import sha256_of, unsafe_kind, walk
+from edgeexport.bundle.golden import Comparison, replay
+from edgeexport.bundle.manifest import DIGEST_FILE, FILE, FileEntry, Manifest
+from edgeexport.core import Finding, Progress, Verdict, no_progress
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was found. `golden` is NOT_RUN with its reason in `note` when the vectors were not replayed."""
+
+    findings: tuple[Finding, ...]
+    files: int
+    bytes: int
+    golden: Verdict
+    note: str
+    comparison: Comparison | None = None
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong. Golden vectors that were not replayed are not wrong; see `golden`."""
+        return not self.findings
+
+    def raise_if_bad(self) -> None:
+        """Raise all findings as one BundleError, if there are any."""
+        if self.findings:
+            raise errors.BundleError(*self.findings)
+
+
+def verify(
+    folder: Path | str, *, golden: bool = True, threads: int | None = None, progress: Progress = no_progress
+) -> VerifyReport:
+    """Check a bundle's files and, with `golden`, what its decoder computes. `progress` counts hashed bytes.
+
+    Problems are collected, not raised, except that a folder without a readable manifest raises: bundle-not-found,
+    bundle-bad-manifest, bundle-too-new, bundle-unsafe-path. The golden vectors are only replayed when every file is
+    as it was built.
+    """
+    folder = Path(folder)
+    data = read_manifest(folder)
+    manifest = manifests.from_json(data, folder / FILE)
+    findings = _manifest_findings(folder, data) + _file_findings(folder, manifest, progress)
+    total = sum(entry.size for entry in manifest.files.values())
+
+    def report(verdict: Verdict, note: str, comparison: Comparison | None = None) -> VerifyReport:
+        return VerifyReport(tuple(findings), len(manifest.files), total, verdict, note, comparison)
+
+    if findings:
+        return report(Verdict.NOT_RUN, "the files are not those that were built")
+    if manifest.golden.file is None:
+        return report(Verdict.NOT_RUN, manifest.golden.not_run)
+    if not golden:
+        return report(Verdict.NOT_RUN, "not asked for")
+    try:
+        comparison = replay(Bundle(folder, manifest), threads)
+    except errors.EdgeExportError as error:
+        findings += error.findings
+        return report(Verdict.FAIL, error.findings[0].what)
+    return report(Verdict.PASS, "", comparison)
+
+
+def _manifest_findings(folder: Path, data: bytes) -> list[Finding]:
+    """The manifest against the digest beside it."""
+    expected = f"{hashlib.sha256(data).hexdigest()}\n".encode("ascii")
+    entry = FileEntry(len(expected), hashlib.sha256(expected).hexdigest())
+    return _one_file_findings(folder, DIGEST_FILE, entry, lambda count: None)
+
+
+def _file_findings(folder: Path, manifest: Manifest, progress: Progress) -> list[Finding]:
+    """Every file against the manifest, and the folder against both."""
+    total = sum(entry.size for entry in manifest.files.values())
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
+    findings: list[Finding] = []
+    for name, entry in manifest.files.items():
+        findings += _one_file_findings(folder, name, entry, on_bytes)
+    known = {FILE, DIGEST_FILE, *manifest.files}
+    try:
+        unknown = [(name, unsafe_kind(its.st_mode)) for name, its in walk(folder) if name not in known]
+    except OSError as error:
+        return [*findings, *errors.bundle_unsafe_path(folder, ".", f"a folder cannot be read: {error}").findings]
+    for name, kind in unknown:
+        found = errors.bundle_unsafe_path(folder, name, kind) if kind else errors.bundle_file_unlisted(folder, name)
+        findings += found.findings
+    return findings
+
+
+def _one_file_findings(folder: Path, name: str, entry: FileEntry, on_bytes: Callable[[int], None]) -> list[Finding]:
+    try:
+        check_size(folder, name, entry)
+        if sha256_of(folder / name, on_bytes) != entry.sha256:
+            raise errors.bundle_file_changed(folder, name, "its sha256 is not the one in the manifest")
+    except OSError as error:
+        return list(errors.bundle_file_changed(folder, name, f"it cannot be read: {error.strerror}").findings)
+    except errors.BundleError as error:
+        return list(error.findings)
+    return []

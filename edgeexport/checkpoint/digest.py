@@ -1,0 +1,119 @@
+"""SHA-256 of checkpoint files, remembered for as long as a file stays what it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import string
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeexport import errors
+from edgeexport.checkpoint.files import open_regular
+from edgeexport.core import Checkpoint, Progress, TensorRef, no_progress
+from edgeexport.paths import cache_dir
+
+CHUNK = 2**20
+
+
+def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> str:
+    """SHA-256 over configuration, tensor index and every byte of the weight files, as hex.
+
+    The same in any folder: no path enters it. `progress` counts bytes over all files; a file whose digest is
+    remembered counts at once. Raises `checkpoint-changed` and `file-unreadable`. The tokenizer is not covered, so that
+    a changed chat template does not mean new weights.
+    """
+    sizes = [_size(path) for path in checkpoint.files]
+    digests = []
+    for index, path in enumerate(checkpoint.files):
+        done = sum(sizes[:index])
+        digests.append(file_sha256(path, lambda got, _, done=done: progress(done + got, sum(sizes))))  # type: ignore[misc]
+    return _sha256_of([checkpoint.header_digest, digests])
+
+
+def header_digest(
+    config: Mapping[str, Any], generation: Mapping[str, Any], tensors: Mapping[str, TensorRef], files: tuple[Path, ...]
+) -> str:
+    """SHA-256 over configuration and tensor index, as hex. Files count by their position, not their path."""
+    number = {path: index for index, path in enumerate(files)}
+    index = [
+        [name, number[ref.file], ref.offset, ref.nbytes, ref.encoding, ref.shape, repr(ref.transform)]
+        for name, ref in sorted(tensors.items())
+    ]
+    return _sha256_of([config, generation, index])
+
+
+def file_sha256(path: Path, progress: Progress = no_progress) -> str:
+    """SHA-256 of a file as hex, read with a fixed buffer, or remembered from the last time.
+
+    It is remembered under everything that changes when the file does: resolved path, inode, size, and the times of
+    change. The inode's own time (ctime) is among them because mtime can be set back.
+    """
+    descriptor = open_regular(path)
+    try:
+        status = os.fstat(descriptor)
+        identity = _identity(path, status)
+        memo = cache_dir() / "digests" / _sha256_of(identity)
+        digest = _recall(memo)
+        if digest is None:
+            digest = _hash(descriptor, path, status.st_size, progress)
+            if _identity(path, os.fstat(descriptor)) != identity:
+                raise errors.checkpoint_changed(path)
+            _remember(memo, digest)
+        progress(status.st_size, status.st_size)
+        return digest
+    finally:
+        os.close(descriptor)
+
+
+def _identity(path: Path, status: os.stat_result) -> list[str | int]:
+    return [str(path.resolve()), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as problem:
+        raise errors.file_unreadable(path, problem.strerror or str(problem)) from problem
+
+
+def _hash(descriptor: int, path: Path, size: int, progress: Progress) -> str:
+    buffer = memoryview(bytearray(CHUNK))
+    digest, done = hashlib.sha256(), 0
+    try:
+        # Up to the size at the start, and no further: a file that grows would never end.
+        while count := os.preadv(descriptor, [buffer[: min(CHUNK, size - done)]], done):
+            digest.update(buffer[:count])
+            done += count
+            progress(done, size)
+    except OSError as problem:
+        raise errors.file_unreadable(path, problem.strerror or str(problem)) from problem
+    return digest.hexdigest()
+
+
+def _recall(memo: Path) -> str | None:
+    """The remembered digest; None when there is none, or the cache is damaged and the file is to be read anew."""
+    try:
+        text = memo.read_text("ascii")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return text if len(text) == 64 and set(text) <= set(string.hexdigits) else None
+
+
+def _remember(memo: Path, digest: str) -> None:
+    """Write the digest whole or not at all. A cache that cannot be written costs time, not the build."""
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=memo.parent, delete=False) as file:
+            file.write(digest)
+        Path(file.name).replace(memo)
+    except OSError:
+        return
+
+
+def _sha256_of(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()

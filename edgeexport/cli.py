@@ -1,0 +1,368 @@
+"""The command line: parse, call, print. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from typer.exceptions import TyperException
+
+from edgeexport.console import Console
+
+app = typer.Typer(
+    name="edgeexport",
+    help="An edge deployment compiler: a language model's checkpoint in, a proven and runnable bundle out.",
+    epilog="Exit codes: 0 ok, 1 a bug in edgeexport, 2 usage or target, 3 checkpoint, 4 export, 5 lowering, 6 parity, "
+    "7 missing tool or host, 8 bundle.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Level = Literal["L1", "L2", "L3", "L4", "L5"]
+
+
+def _set_json(context: typer.Context, value: bool) -> None:
+    context.obj.as_json = value
+
+
+def _set_quiet(context: typer.Context, value: bool) -> None:
+    context.obj.quiet = value
+
+
+def _set_verbose(context: typer.Context, value: int) -> None:
+    context.obj.verbosity = value
+    context.obj.log_to_stderr()
+
+
+# Options that every command has. Their callbacks set up the console, before any other option is judged.
+Json = Annotated[
+    bool, typer.Option("--json", callback=_set_json, is_eager=True, help="Print one JSON document and nothing else.")
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", callback=_set_quiet, is_eager=True, help="No narration, only results.")
+]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, callback=_set_verbose, is_eager=True, show_default=False,
+        help="Log more; twice for debug records and tracebacks.",
+    ),
+]  # fmt: skip
+
+Model = Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a known name such as smollm2-135m.")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")]
+Targets = Annotated[list[str], typer.Option("--target", "-t", help="A target's name or .toml file; may be repeated.")]
+Quant = Annotated[str | None, typer.Option(help="Quantisation scheme; the target's own by default.")]
+Context = Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache; the target's own by default.")]
+ParityLevel = Annotated[Level, typer.Option("--parity", help="How far to climb the parity ladder.")]
+MaxRss = Annotated[str | None, typer.Option(metavar="SIZE", help="Memory that the reference may use, like 1.5G.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+
+
+def _show_version(context: typer.Context, value: bool) -> None:
+    if value:
+        from edgeexport import __version__
+
+        context.obj.result(f"edgeexport {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of `edgeexport` itself."""
+
+
+@app.command()
+def build(
+    context: typer.Context,
+    model: Model,
+    target: Targets,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle is OUT/<model>-<target>/.")] = Path("dist"),
+    quant: Quant = None,
+    context_length: Annotated[
+        int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the target's own by default.")
+    ] = None,
+    parity: ParityLevel = "L5",
+    max_rss: MaxRss = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the graph of every step to this folder.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Build a bundle and prove it against PyTorch."""
+    from edgeexport import cli_show, pipeline
+
+    console: Console = context.obj
+    limit = _size("--max-rss", max_rss)
+
+    def one(name: str) -> pipeline.BuildResult:
+        return pipeline.build(
+            model, name, out, quant=quant, context=context_length, parity=parity, max_rss=limit, dump=dump,
+            force=force, console=console,
+        )  # fmt: skip
+
+    cli_show.builds(console, target, one)
+
+
+@app.command()
+def plan(
+    context: typer.Context,
+    model: Model,
+    target: Targets,
+    quant: Quant = None,
+    context_length: Annotated[
+        int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the target's own by default.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Say what a build would make and need.
+
+    Reads headers only: sizes, build memory and time, refused ops, devices that fit, the roofline in tokens per second.
+    """
+    from edgeexport import cli_show
+    from edgeexport import plan as plans
+
+    cli_show.plans(context.obj, target, lambda name: plans.plan(model, name, quant, context_length))
+
+
+@app.command()
+def export(
+    context: typer.Context,
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("dist"),
+    context_length: Annotated[
+        int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the model's own by default.")
+    ] = None,
+    reference_weights: Annotated[
+        bool, typer.Option("--reference-weights", help="Point into the checkpoint's safetensors and copy nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Write the canonical ONNX graph."""
+    from edgeexport import cli_show, pipeline
+
+    console: Console = context.obj
+    cli_show.export(
+        console,
+        pipeline.export(model, out, context=context_length, reference_weights=reference_weights, console=console),
+    )
+
+
+@app.command()
+def parity(
+    context: typer.Context,
+    bundle: BundlePath,
+    model: Model,
+    level: Annotated[Level, typer.Option(help="How far to climb the parity ladder.")] = "L5",
+    max_rss: MaxRss = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Climb the parity ladder again.
+
+    Compares BUNDLE with the MODEL it was built from.
+    """
+    from edgeexport import cli_show, pipeline
+
+    console: Console = context.obj
+    limit = _size("--max-rss", max_rss)
+    cli_show.parity(console, bundle, pipeline.parity(bundle, model, level=level, max_rss=limit, console=console))
+
+
+@app.command()
+def verify(
+    context: typer.Context,
+    bundle: BundlePath,
+    golden: Annotated[bool, typer.Option(help="Replay the golden vectors as well as checking every hash.")] = True,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Check a bundle without PyTorch.
+
+    Every byte against its hash, and what it computes against its golden vectors.
+    """
+    from edgeexport import cli_show
+
+    cli_show.verify(context.obj, bundle, golden=golden, threads=threads)
+
+
+@app.command()
+def inspect(
+    context: typer.Context, bundle: BundlePath, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0
+) -> None:
+    """Show what is in a bundle."""
+    from edgeexport import cli_show
+    from edgeexport.bundle import open_bundle
+    from edgeexport.bundle.inspect import describe
+
+    cli_show.inspect(context.obj, describe(open_bundle(bundle)))
+
+
+@app.command()
+def run(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once instead of a chat.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system message of the chat template.")] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, where the temperature is above 0.")] = 0,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Chat with a bundle, or answer one --prompt.
+
+    Ctrl-C ends an answer, Ctrl-D the chat.
+    """
+    from edgeexport import cli_chat
+
+    cli_chat.run(
+        context.obj,
+        bundle,
+        prompt,
+        cli_chat.Settings(system, raw, max_tokens, temperature, seed, threads),
+    )
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    bundle: BundlePath,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 64,
+    decode_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
+    threads: Threads = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Measure a bundle on this machine.
+
+    Prefill and decode speed, time to the first token, memory, share of the memory-bandwidth roofline.
+    """
+    from edgeexport import bench as benches
+    from edgeexport import cli_show
+
+    console: Console = context.obj
+    cli_show.bench(
+        console,
+        benches.bench(
+            bundle, prompt_tokens=prompt_tokens, decode_tokens=decode_tokens, threads=threads, console=console
+        ),
+    )
+
+
+@app.command()
+def targets(context: typer.Context, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0) -> None:
+    """List the targets."""
+    from edgeexport import cli_show
+
+    cli_show.targets(context.obj)
+
+
+@app.command()
+def ops(
+    context: typer.Context,
+    backend: Annotated[str | None, typer.Option(help="One backend's table; all of them by default.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """List what backends do with each op."""
+    from edgeexport import cli_show
+
+    cli_show.ops(context.obj, backend)
+
+
+@app.command()
+def doctor(context: typer.Context, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0) -> None:
+    """Say what this machine has."""
+    from edgeexport import cli_show
+    from edgeexport import doctor as doctors
+
+    cli_show.doctor(context.obj, doctors.report())
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command line and return its exit code. Every failure ends here, as findings or as a bug of ours."""
+    try:
+        code = _execute(Console(), list(arguments) or ["--help"])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # whoever read our output has left: say nothing, and keep the interpreter's own flush quiet too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _execute(console: Console, arguments: list[str]) -> int:
+    try:
+        with typer.main.get_command(app).make_context("edgeexport", arguments, obj=console) as context:
+            context.command.invoke(context)
+    except typer.Exit as exit_:
+        return exit_.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # noqa: BLE001 - the outermost edge: nothing goes on from here
+        return _report(console, error, arguments)
+    return 0
+
+
+def _report(console: Console, error: Exception, arguments: Sequence[str]) -> int:
+    from edgeexport import errors
+    from edgeexport.doctor import extra_of
+
+    failure: errors.EdgeExportError
+    if isinstance(error, TyperException):
+        # where parsing stopped early, --json has not been seen yet
+        console.as_json = console.as_json or "--json" in arguments
+        place = getattr(error, "ctx", None)
+        failure = errors.bad_command_line(place.command_path if place else "edgeexport", error.format_message())
+    elif isinstance(error, errors.EdgeExportError):
+        failure = error
+    elif isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name or "")) is not None:
+        failure = errors.missing_package(error.name or "", extra)
+    else:
+        failure = errors.internal_error(type(error).__name__, str(error))
+    if console.verbosity >= 2:
+        console.traceback(error)
+    console.failure(failure)
+    return failure.exit_code
+
+
+def _size(option: str, text: str | None) -> int | None:
+    from edgeexport import errors
+    from edgeexport.units import parse_size
+
+    if text is None:
+        return None
+    size = parse_size(text)
+    if size is None:
+        raise errors.bad_size(option, text)
+    return size

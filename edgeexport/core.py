@@ -1,0 +1,330 @@
+"""The frozen values that pass between the steps of a build.
+
+This module knows nothing else of ours and imports neither torch nor a vendor's SDK: every step can be
+understood by reading what it takes and what it gives here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[Any]
+Severity = Literal["error", "warning", "note"]
+
+BITS: Mapping[str, int] = {
+    "float64": 64, "float32": 32, "float16": 16, "bfloat16": 16,
+    "int64": 64, "int32": 32, "int16": 16, "int8": 8, "uint8": 8, "bool": 8, "int4": 4,
+}  # fmt: skip
+"""Bits of one element, by the dtype names used throughout (numpy's, plus bfloat16 and int4)."""
+
+
+class Verdict(StrEnum):
+    """The outcome of one comparison. NOT_RUN carries its reason in the note and is never shown as green."""
+
+    PASS = "PASS"
+    FAIL = "FAIL"
+    AMBIGUOUS = "AMBIGUOUS"
+    NOT_RUN = "NOT_RUN"
+
+
+LEVELS = ("L1", "L2", "L3", "L4", "L5")
+"""The rungs of the parity ladder, in the order they are climbed."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the user should know: an error, a warning or a note.
+
+    `code` is kebab-case and permanent. `fix` has no default: its author must say what to do, or that nothing can
+    be done and whose bug it is.
+    """
+
+    severity: Severity
+    code: str
+    what: str
+    where: str
+    why: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A symbolic dimension and its inclusive bounds."""
+
+    name: str
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Name, dtype and shape of a graph's input or output; a `Dim` where the size is symbolic."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | Dim, ...]
+
+
+@dataclass(frozen=True)
+class RopeUnpermute:
+    """Undo llama.cpp's reordering of q/k rows (pairs interleaved within each head) to the half-split layout.
+
+    Source: `LlamaModel.permute` in llama.cpp's converter: `w.reshape(heads, 2, d/2, ...).swapaxes(1, 2)`.
+    """
+
+    heads: int
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A weight that has not been read: where its bytes lie, and what they mean.
+
+    `encoding` is the safetensors dtype ("F32", "F16", "BF16", ...) or the ggml type ("Q4_1", "Q6_K", ...).
+    `shape` is the logical shape, row-major, outermost first. `transform` is applied to rows after decoding.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    encoding: str
+    shape: tuple[int, ...]
+    transform: RopeUnpermute | None = None
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+
+@dataclass(frozen=True)
+class Target:
+    """One file of targets/*.toml: a deployable platform, its artifact, and what is expected of it."""
+
+    name: str
+    title: str
+    platform: str
+    backend: str
+    artifact: str
+    precision: str
+    quant: str
+    context: int
+    shapes: Mapping[str, Any]
+    limits: Mapping[str, Any]
+    parity: Mapping[str, Any]
+    options: Mapping[str, Any]
+    devices: Mapping[str, Mapping[str, Any]]
+    requires: tuple[str, ...]
+    source: str
+    """The TOML text it was read from, for digests and error positions."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model as found on disk: configuration and a tensor index. No weight has been read.
+
+    `read_tokenizer` gives the tokenizer files ({"tokenizer.json": bytes, "chat_template.jinja": bytes, ...});
+    it is a function because a GGUF file's tokenizer takes a second to build and `plan` does not need it.
+    `header_digest` covers configuration and tensor index; `checkpoint.digest` covers the weights' bytes as well.
+    """
+
+    path: Path
+    name: str
+    format: Literal["safetensors", "gguf"]
+    model_type: str
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    tensors: Mapping[str, TensorRef]
+    files: tuple[Path, ...]
+    read_tokenizer: Callable[[], Mapping[str, bytes]]
+    header_digest: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The numbers of a decoder that sizes, memory and rooflines follow from; from config.json alone."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_context: int
+    tied: bool
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int:
+        """Bytes of K and V that one token adds over all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * element_bytes
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One traceable piece of a component. Stages of the same `kind` share one trace, stamped once per stage.
+
+    `module` is a torch module whose forward takes `inputs` in order and returns `outputs` in order; both name
+    values of the component's graph, so that a stage's output feeds the next stage's input of the same name.
+    `parameters` maps each parameter of `module` (its own state_dict name) to the checkpoint's tensor name.
+    """
+
+    name: str
+    kind: str
+    module: Any
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    parameters: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Component:
+    """A part of a model that becomes one graph and one artifact (decoder, embed, vision, audio).
+
+    `stages` builds the torch modules under fake tensors when it is called, so that a Component costs nothing.
+    `values` gives dtype and shape of every value that crosses a stage border; `constants` their fixed tensors
+    (rotary tables). `state` pairs each cache input with the output that replaces it.
+    """
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[tuple[str, str], ...]
+    stages: Callable[[], list[Stage]]
+    values: Mapping[str, TensorSpec] = field(default_factory=dict)
+    constants: Callable[[], Mapping[str, Array]] = dict
+
+
+@dataclass(frozen=True)
+class CanonicalModel:
+    """A component in the canonical dialect. Weights in `graph` are references (`TensorRef` in each tensor's
+    `.ref`); every node's metadata names the stage it came from."""
+
+    component: str
+    graph: Any  # onnx_ir.Model; onnx-ir is not imported by core
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    state: tuple[tuple[str, str], ...]
+    weights: Mapping[str, TensorRef]
+    """Initializer name to the checkpoint tensor it stands for. Tied weights are one initializer."""
+    stages: tuple[str, ...]
+    digest: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """How one tensor is stored. `block` counts elements along the last axis that share a scale; 0 means one
+    scale per row (output channel). Integer formats are symmetric with float16 scales."""
+
+    name: str
+    bits: int
+    integer: bool
+    block: int = 0
+
+    def nbytes(self, shape: tuple[int, ...]) -> int:
+        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales."""
+        elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
+        if not self.integer:
+            return elements * self.bits // 8
+        rows, width = elements // shape[-1], shape[-1]
+        scales = rows * (-(-width // self.block) if self.block else 1)
+        return rows * (-(-width * self.bits // 8)) + 2 * scales
+
+
+TensorClass = Literal["linear", "embedding", "lm_head", "other"]
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """Which tensor gets which format. `classes` and `formats` have the same keys: initializer names."""
+
+    scheme: str
+    classes: Mapping[str, TensorClass]
+    formats: Mapping[str, Format]
+
+    def ideal_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The arithmetic size of all tensors in their formats: the yardstick for artifacts' sizes."""
+        return sum(fmt.nbytes(shapes[name]) for name, fmt in self.formats.items())
+
+
+@dataclass(frozen=True)
+class StoredWeight:
+    """Where an artifact keeps one weight, so that anyone can read it back: file (relative to the artifact's
+    folder), byte offsets of data and scales, format, and the logical [rows, width] shape."""
+
+    file: str
+    offset: int
+    scales_offset: int
+    format: Format
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """One callable of an artifact: exact input and output names, dtypes and shapes."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What a backend wrote for one component. `files` are relative to the folder it was told to write to."""
+
+    component: str
+    backend: str
+    files: tuple[str, ...]
+    signatures: tuple[Signature, ...]
+    state: tuple[tuple[str, str], ...]
+    weights: Mapping[str, StoredWeight]
+    tools: Mapping[str, str]
+    findings: tuple[Finding, ...] = ()
+
+
+@dataclass(frozen=True)
+class ParityResult:
+    """One row of parity.json."""
+
+    component: str
+    level: str
+    output: str
+    metrics: Mapping[str, float | int]
+    gate: Mapping[str, float | int]
+    verdict: Verdict
+    note: str = ""
+
+
+class WeightSource(Protocol):
+    """The weights of one canonical model in the formats of its plan, row block by row block."""
+
+    def float_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows as they go into a float artifact: float32 or float16 by the tensor's format."""
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """int8 values [rows, width] and float16 scales [rows, blocks] of an integer format."""
+
+
+Progress = Callable[[int, int], None]
+"""Called with (done, total) in bytes or steps, often; must be cheap."""
+
+
+def no_progress(done: int, total: int) -> None:
+    """The `Progress` of those who do not watch."""
+
+
+def worst(results: Iterable[ParityResult]) -> Verdict:
+    """The verdict of several rows together: FAIL over PASS over AMBIGUOUS over NOT_RUN.
+
+    AMBIGUOUS alone means that nothing could be decided; beside a PASS it is counted, not feared.
+    """
+    verdicts = {result.verdict for result in results}
+    for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.AMBIGUOUS):
+        if verdict in verdicts:
+            return verdict
+    return Verdict.NOT_RUN

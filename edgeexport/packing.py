@@ -1,0 +1,43 @@
+"""Bytes of small integers: how int4 and int8 values lie in an artifact. Pure numpy, no state."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Int8 = npt.NDArray[np.int8]
+UInt8 = npt.NDArray[np.uint8]
+
+
+def pack_int4(values: Int8, zero_point: int = 8) -> UInt8:
+    """Two values a byte: int8 [R, K] in -8..7 to uint8 [R, K / 2], `value + zero_point`, element 2i in the low
+    nibble. With `zero_point` 8 this is MatMulNBits' layout; with 0 it is ONNX's INT4 (two's complement)."""
+    if values.shape[-1] % 2:
+        raise ValueError("rows of an odd width cannot be packed two a byte")
+    nibbles = np.add(np.ascontiguousarray(values).view(np.uint8), np.uint8(zero_point))
+    if zero_point != 8:
+        np.bitwise_and(nibbles, np.uint8(15), out=nibbles)
+    pairs = nibbles.view("<u2")  # low byte: element 2i; high byte: element 2i + 1
+    packed: UInt8 = np.bitwise_or(pairs, pairs >> 4).astype(np.uint8)
+    return packed
+
+
+def unpack_int4(packed: UInt8, zero_point: int = 8) -> Int8:
+    """The inverse of `pack_int4`: uint8 [R, K / 2] to int8 [R, K]."""
+    nibbles = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
+    np.bitwise_and(packed, np.uint8(15), out=nibbles[..., 0::2])
+    np.right_shift(packed, 4, out=nibbles[..., 1::2])
+    if zero_point == 8:
+        return np.subtract(nibbles, np.uint8(8)).view(np.int8)
+    # two's complement: bit 3 is the sign
+    return np.subtract(np.bitwise_xor(nibbles, np.uint8(8)), np.uint8(8)).view(np.int8)
+
+
+def pack_int8(values: Int8) -> UInt8:
+    """int8 to uint8 as value + 128: what 8-bit MatMulNBits and GatherBlockQuantized store."""
+    return np.bitwise_xor(values.view(np.uint8), np.uint8(128))
+
+
+def unpack_int8(packed: UInt8) -> Int8:
+    """The inverse of `pack_int8`."""
+    return np.bitwise_xor(packed, np.uint8(128)).view(np.int8)

@@ -1,0 +1,230 @@
+"""What a build would make, need and run at, from headers alone: no weight is read and torch is not imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar
+
+from edgeexport import errors
+from edgeexport.core import BITS, Checkpoint, Finding, Geometry, QuantPlan, Target
+from edgeexport.errors import EdgeExportError
+
+T = TypeVar("T")
+
+IMPORT_BYTES = 375 << 20
+"""Resident memory of a Python 3.11 process with torch 2.13, transformers 5.23, onnx-ir, onnxscript and onnxruntime
+1.31 loaded, before any work: getrusage's ru_maxrss on Linux x86-64."""
+STREAM_BYTES = 128 << 20
+"""Buffers through which weights stream to the artifact, two threads at work, and the graph without its weights."""
+IMPORT_SECONDS = 5.0
+"""Loading those packages, on 2 cores of the same machine."""
+WEIGHTS_PER_SECOND = 100e6
+"""Weights read, quantised, written and hashed in a second on 2 cores."""
+RUNTIME_BYTES = 64 << 20
+"""What a process needs besides weights and cache: ONNX Runtime loaded (43 MiB resident, measured as above) and the
+activations of one token."""
+
+MEMORY_FORMULA = "imports 375 MiB + buffers 128 MiB; with the ladder also weights + KV cache + 2 layers in float32"
+TIME_FORMULA = "imports 5 s + weights / 100 million per second, without the ladder"
+
+
+def plan(model: str, target: str, quant: str | None = None, context: int | None = None) -> dict[str, Any]:
+    """The plan as one JSON-able document. Sizes are in bytes, times in seconds.
+
+    `findings` holds every reason why the build cannot work, and warnings; `exit_code` is what a build would end with
+    for the first of them, 0 if there is none.
+
+    Raises: EdgeExportError, of the first problem's class, when checkpoint, target, scheme or family cannot be found:
+    all of them in one. CheckpointError when config.json has no usable sizes.
+    """
+    from edgeexport import checkpoint as checkpoints
+    from edgeexport import families, targets
+    from edgeexport import quant as schemes
+
+    problems = _Problems()
+    opened = problems.attempt(lambda: checkpoints.open_checkpoint(model))
+    aim = problems.attempt(lambda: targets.load(target))
+    family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
+    name = quant or (aim.quant if aim else None)
+    scheme = problems.attempt(lambda: schemes.find(name)) if name else None
+    if not (opened and aim and family and scheme):
+        raise problems.as_one()
+
+    geometry = family.geometry(opened.config)
+    unused = family.unused(opened)
+    tensors = {name: ref for name, ref in opened.tensors.items() if name not in unused}
+    quantised = schemes.plan_from_names(tensors, scheme.name, geometry.tied)
+    slots = problems.attempt(lambda: context_for(context, aim, geometry)) or geometry.max_context
+    parts = problems.attempt(lambda: family.components(opened, slots)) or []
+    if refused := refused_ops(aim.backend, family.model_type, family.ops):
+        problems.errors.append(errors.LoweringError(*refused))
+    shapes = {name: ref.shape for name, ref in tensors.items()}
+    sizes = sizes_of(quantised, shapes, geometry, slots, BITS[aim.precision] // 8)
+    limit = aim.limits.get("max_file_bytes")
+    if limit is not None and sizes["artifact"] > limit:
+        problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
+    devices = device_table(aim, sizes)
+    findings = [finding for error in problems.errors for finding in error.findings]
+    findings += _fit_warning(aim, devices, sizes)
+    return {
+        "model": _model(opened, shapes),
+        "target": {"name": aim.name, "title": aim.title, "backend": aim.backend, "artifact": aim.artifact},
+        "scheme": quantised.scheme,
+        "context": slots,
+        "components": [part.name for part in parts],
+        "bytes": sizes,
+        "build": build_cost(shapes, geometry, sizes),
+        "devices": devices,
+        "findings": [asdict(finding) for finding in findings],
+        "exit_code": problems.errors[0].exit_code if problems.errors else 0,
+    }
+
+
+def context_for(asked: int | None, target: Target, geometry: Geometry) -> int:
+    """Slots of the KV cache: what was asked for, else the target's default as far as the model goes.
+
+    Raises: UsageError `context-too-long`.
+    """
+    if asked is None:
+        return min(target.context, geometry.max_context)
+    if asked > geometry.max_context:
+        raise errors.context_too_long(asked, geometry.max_context)
+    return asked
+
+
+def refused_ops(backend: str, model_type: str, ops: frozenset[str]) -> list[Finding]:
+    """One finding per op that the family's graphs use and the backend's table refuses or does not know."""
+    from edgeexport import backends
+
+    rows = {row.op: row for row in backends.load(backend).OPS}
+    refused: list[Finding] = []
+    for op in sorted(ops):
+        if op not in rows:
+            why, fix = "its op table has no row for it", f"add a row for {op} to the op table of {backend}"
+        elif rows[op].kind == "reject":
+            why, fix = rows[op].why, rows[op].fix
+        else:
+            continue
+        refused.append(errors.op_not_lowered(backend, op, f"family {model_type}", why, fix))
+    return refused
+
+
+def sizes_of(
+    quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, context: int, element: int
+) -> dict[str, int]:
+    """Bytes of the artifact, of the cache, and of what one token reads; `element` is the bytes of a cache element.
+
+    A token reads every weight but the embedding, of which it reads one row; a tied embedding is the lm_head too.
+    """
+    artifact = quantised.ideal_bytes(shapes)
+    looked_up = 0
+    if not geometry.tied:
+        embeddings = [name for name, kind in quantised.classes.items() if kind == "embedding"]
+        looked_up = sum(quantised.formats[name].nbytes(shapes[name]) for name in embeddings)
+    per_token = geometry.kv_bytes_per_token(element)
+    return {
+        "artifact": artifact,
+        "kv_cache": per_token * context,
+        "kv_per_token": per_token,
+        "weights_read_per_token": artifact - looked_up,
+        "device_memory": artifact + per_token * context + RUNTIME_BYTES,
+    }
+
+
+def build_cost(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """Estimated peak memory (bytes) and time (seconds) of the build, with the formulas they come from."""
+    weights = sum(_elements(shape) for shape in shapes.values())
+    outside = sum(_elements(shape) for shape in shapes.values() if shape and shape[0] == geometry.vocab)
+    layer = 4 * (weights - outside) // geometry.layers
+    compile_only = IMPORT_BYTES + STREAM_BYTES
+    return {
+        "memory": compile_only,
+        "memory_with_ladder": compile_only + sizes["artifact"] + sizes["kv_cache"] + 2 * layer,
+        "memory_formula": MEMORY_FORMULA,
+        "seconds": round(IMPORT_SECONDS + weights / WEIGHTS_PER_SECOND, 1),
+        "seconds_formula": TIME_FORMULA,
+    }
+
+
+def device_table(target: Target, sizes: Mapping[str, int]) -> list[dict[str, Any]]:
+    """Per device of the target: does it fit, and the roofline in tokens per second with an empty and a full cache.
+
+    The roofline is memory bandwidth over the bytes one token reads: no decoder at batch 1 can be faster.
+    """
+    if target.platform == "host":
+        import psutil
+
+        memory = psutil.virtual_memory()
+        return [_device("this machine", "this machine", memory.total, memory.available, None, sizes)]
+    return [
+        _device(
+            name,
+            device["title"],
+            int(device["ram_gb"] * 2**30),
+            int(device["ram_gb"] * device["usable"] * 2**30),
+            device["bandwidth_gbs"] * 1e9,
+            sizes,
+        )
+        for name, device in target.devices.items()
+    ]
+
+
+def _device(
+    name: str, title: str, ram: int, usable: int, bandwidth: float | None, sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    weights, cache = sizes["weights_read_per_token"], sizes["kv_cache"]
+    return {
+        "name": name,
+        "title": title,
+        "ram": ram,
+        "usable": usable,
+        "needed": sizes["device_memory"],
+        "fits": sizes["device_memory"] <= usable,
+        "tokens_per_second_empty": round(bandwidth / weights, 1) if bandwidth and weights else None,
+        "tokens_per_second_full": round(bandwidth / (weights + cache), 1) if bandwidth and weights else None,
+    }
+
+
+def _fit_warning(target: Target, devices: list[dict[str, Any]], sizes: Mapping[str, int]) -> list[Finding]:
+    if not devices or any(device["fits"] for device in devices):
+        return []
+    largest = max(devices, key=lambda device: int(device["usable"]))
+    return [errors.no_device_fits(target.name, sizes["device_memory"], largest["title"], largest["usable"])]
+
+
+def _model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    return {
+        "name": checkpoint.name,
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "model_type": checkpoint.model_type,
+        "parameters": sum(_elements(shape) for shape in shapes.values()),
+        "bytes": sum(ref.nbytes for ref in checkpoint.tensors.values()),
+    }
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+class _Problems:
+    """Collects failures, so that one run reports them all."""
+
+    def __init__(self) -> None:
+        self.errors: list[EdgeExportError] = []
+
+    def attempt(self, call: Callable[[], T]) -> T | None:
+        """The call's value, or None with its failure kept."""
+        try:
+            return call()
+        except EdgeExportError as error:
+            self.errors.append(error)
+            return None
+
+    def as_one(self) -> EdgeExportError:
+        """All failures as one exception of the first one's class."""
+        return type(self.errors[0])(*(finding for error in self.errors for finding in error.findings))

