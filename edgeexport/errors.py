@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterable
 from pathlib import Path
 
-from edgeexport.core import Finding
+from edgeexport.core import Finding, ParityResult
 
 
 class EdgeExportError(Exception):
@@ -1007,5 +1007,79 @@ def artifact_does_not_open(path: str, runtime: str, problem: str) -> BundleError
             path,
             problem[:400],
             "run `edgeexport verify` on the bundle; if it is intact, update the runtime to the version in its manifest",
+        )
+    )
+
+
+# parity
+
+
+def nothing_compared(level: str, why: str) -> ParityError:
+    return ParityError(
+        _error(
+            "nothing-compared",
+            "a comparison had nothing to compare, which is a failure and not a pass",
+            level,
+            why,
+            "this is a bug in edgeexport: please report it with the model and the target",
+        )
+    )
+
+
+def parity_failed(row: ParityResult) -> Finding:
+    measured = ", ".join(f"{name} {value:.6g}" for name, value in row.metrics.items())
+    asked = ", ".join(f"{name} {value:.6g}" for name, value in row.gate.items())
+    return _error(
+        "parity-failed",
+        f"{row.component} fails {row.level}: {row.output}",
+        f"{row.component} {row.level}",
+        f"measured {measured}; the gate is {asked}" + (f"; {row.note}" if row.note else ""),
+        "no bundle was written; try a finer scheme with --quant, or read docs/parity.md on loosening a gate with a why",
+    )
+
+
+def max_rss_too_small(limit: int, need: int, parity: str) -> UsageError:
+    return UsageError(
+        _error(
+            "max-rss-too-small",
+            f"the build cannot keep to {limit / 2**20:.0f} MiB of memory",
+            "--max-rss",
+            f"it needs about {need / 2**20:.0f} MiB with --parity {parity}",
+            f"allow {-(-need >> 20)}M, or climb fewer levels with --parity",
+        )
+    )
+
+
+def max_rss_exceeded(limit: int, peak: int) -> Finding:
+    return Finding(
+        "warning",
+        "max-rss-exceeded",
+        f"the build held {peak / 2**20:.0f} MiB, more than it was allowed",
+        "--max-rss",
+        f"the limit was {limit / 2**20:.0f} MiB and the estimate before the build was within it",
+        "the bundle is good; please report the model, the target and these two figures",
+    )
+
+
+def bundle_of_another_model(folder: Path, recorded: str, found: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-of-another-model",
+            "the bundle was not built from this checkpoint",
+            folder,
+            f"the manifest records weights {recorded[:12]}, the checkpoint has {found[:12]}",
+            "give the checkpoint that the bundle was built from",
+        )
+    )
+
+
+def cannot_link_weights(path: Path, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "cannot-link-weights",
+            f"the graph cannot point into {path.name}",
+            path,
+            why,
+            "choose a folder on the checkpoint's file system with -o, or leave out --reference-weights",
         )
     )

@@ -146,8 +146,13 @@ class Lowering:
         return self._initializer(name, tensor)
 
     def emit(
-        self, op: str, inputs: Sequence[ir.Value | None], attributes: dict[str, object] | None = None,
-        domain: str = "", outputs: int = 1, name: str = "",
+        self,
+        op: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, object] | None = None,
+        domain: str = "",
+        outputs: int = 1,
+        name: str = "",
     ) -> ir.Value:
         """Append a node; returns its first output (the others hang on its producer)."""
         label = name or f"{op}.{len(self.nodes)}"
@@ -227,13 +232,21 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
         "GroupQueryAttention",
         [
             *(ctx.value(value) for value in (found.q, found.k, found.v, found.past_key, found.past_value)),
-            last, total, ctx.value(found.cos), ctx.value(found.sin),
+            last,
+            total,
+            ctx.value(found.cos),
+            ctx.value(found.sin),
         ],
         {
-            "num_heads": found.heads, "kv_num_heads": found.kv_heads, "do_rotary": 1,
-            "rotary_interleaved": found.interleaved, "scale": attribute(node, "scale"),
+            "num_heads": found.heads,
+            "kv_num_heads": found.kv_heads,
+            "do_rotary": 1,
+            "rotary_interleaved": found.interleaved,
+            "scale": attribute(node, "scale"),
         },
-        MS, outputs=3, name=node.name or "",
+        MS,
+        outputs=3,
+        name=node.name or "",
     )
     producer = out.producer()
     assert producer is not None
@@ -276,7 +289,11 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
     packed = ctx.external(f"{name}.packed", at, (rows, width // block, block * fmt.bits // 8), ir.DataType.UINT8)
     scales = ctx.scales(name, scales_at, rows, width, fmt, block)
     settings = {
-        "K": width, "N": rows, "bits": fmt.bits, "block_size": block, "accuracy_level": ctx.accuracy_level,
+        "K": width,
+        "N": rows,
+        "bits": fmt.bits,
+        "block_size": block,
+        "accuracy_level": ctx.accuracy_level,
     }
     ctx.values[found.output] = ctx.emit("MatMulNBits", [x, packed, scales], settings, MS, name=node.name or "")
 
@@ -308,7 +325,8 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
     weight = ctx.value(scale)
     add = x.producer()
     residual = ctx.values[x].producer() if add is not None and x in ctx.values else None
-    if residual is not None and residual.op_type == "Add" and add is not None and _is_residual(add, ctx):
+    unread = residual is not None and not residual.outputs[0].uses()
+    if residual is not None and unread and residual.op_type == "Add" and add is not None and _is_residual(add, ctx):
         ctx.nodes.remove(residual)
         fused = ctx.emit(
             "SkipSimplifiedLayerNormalization", [*residual.inputs, weight], epsilon, MS, outputs=4, name=node.name or ""
@@ -324,10 +342,15 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
 
 
 def _is_residual(add: ir.Node, ctx: Lowering) -> bool:
-    """Whether the Add joins two activations of the same shape, so that the fused op may take it over."""
-    shapes = [value.shape for value in add.inputs if value is not None]
-    known = all(stored(value) is None for value in add.inputs)
-    return known and len(shapes) == 2 and shapes[0] is not None and shapes[1] is not None and len(shapes[0]) == 3
+    """Whether the Add joins two activations of the same shape, so that the fused op may take it over.
+
+    A symbolic size is the number of tokens; its name differs from stage to stage.
+    """
+    shapes = [value.shape for value in add.inputs if value is not None and stored(value) is None]
+    if len(shapes) != 2 or shapes[0] is None or shapes[1] is None or not len(shapes[0]) == len(shapes[1]) == 3:
+        return False
+    pairs = zip(shapes[0], shapes[1], strict=True)
+    return all(a == b or not (isinstance(a, int) or isinstance(b, int)) for a, b in pairs)
 
 
 def _made_by(value: ir.Value | None, op: str) -> ir.Node | None:

@@ -105,7 +105,7 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
 
     Raises: BundleError `artifact-truncated` when the file ends early.
     """
-    fmt, width = weight.format, weight.shape[-1] if weight.shape else 1
+    fmt, width = weight.format, weight.shape[-1] if len(weight.shape) > 1 else 1
     size, count = row_bytes(width, fmt), stop - start
     path = folder / weight.file
     raw = _read(path, weight.offset + start * size, count * size)

@@ -212,7 +212,9 @@ def _clone(node: ir.Node, stage: str, local: dict[ir.Value, ir.Value]) -> ir.Nod
 
 
 def _describe(value: ir.Value, name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:
-    value.name, value.dtype, value.shape = name, dtype, shape
+    value.name, value.shape = name, shape
+    if dtype is not None:  # a type without a dtype could not be serialised
+        value.dtype = dtype
     return value
 
 

@@ -265,8 +265,12 @@ def rotary_as_op(stage: Layer, positions: torch.Tensor) -> Iterator[None]:
     def emit(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> tuple[Any, Any]:
         def rotate(x: torch.Tensor) -> torch.Tensor:
             return torch.onnx.ops.symbolic(
-                "RotaryEmbedding", (x, cos, sin, positions), attributes,
-                dtype=x.dtype, shape=x.shape, version=ROPE_VERSION,
+                "RotaryEmbedding",
+                (x, cos, sin, positions),
+                attributes,
+                dtype=x.dtype,
+                shape=x.shape,
+                version=ROPE_VERSION,
             )
 
         return rotate(q), rotate(k)

@@ -1,0 +1,55 @@
+"""How far an artifact may be from what it stands for: the default gate of every level, and where it comes from.
+
+A target may loosen one with a `why` in its [parity] section. Measured on SmolLM2-135M, ONNX Runtime 1.31, 2026-11-21.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edgeexport.core import Format
+
+GRAPH_MAX_ABS = 1e-3
+"""L2: logits of two float32 programs of the same arithmetic. Measured 5e-5 at logits up to 33."""
+
+EXACT_MAX_ABS = 2e-3
+"""L4: logits of the artifact with float32 activations against the canonical graph over the same stored weights."""
+
+MIN_SNR_DB = {32: 120.0, 16: 55.0, 8: 25.0, 4: 10.0}
+"""L3: by bits of the format. White noise would give 20 dB at 4 bits and a block of 32; measured 19 to 22."""
+
+MAX_ADDED_ZEROS = 0.35
+"""L3: share of weights that became zero by rounding. Measured 0.06 to 0.11 at 4 bits; an all-zero tensor has 1."""
+
+
+def snr_floor(fmt: Format) -> float:
+    """The least SNR in dB a tensor may have in this format."""
+    return MIN_SNR_DB[fmt.bits]
+
+
+SHIPPED_KL = {"float": 1e-5, "int8": 0.05, "int4": 0.05}
+"""L4: mean KL in nats between the canonical graph over the stored weights and the artifact as shipped, whose integer
+kernels round activations to int8 per block."""
+
+REFERENCE_KL = {"float": 1e-4, "int8": 0.15, "int4": 0.8}
+"""L5: mean KL in nats from transformers' model to the artifact. Measured 3e-11, 0.02 and 0.29 to 0.41."""
+
+REFERENCE_TOP1 = {"float": 1.0, "int8": 0.9, "int4": 0.6}
+"""L5: share of decided positions (not near a tie) where both choose the same token, 320 tokens after ten prompts.
+Measured 320 of 320, 260 of 260, and 0.85 at 4 bits (a 135M model has little to spare)."""
+
+NEAR_TIE = {"float": 2e-3, "int8": 1.0, "int4": 1.0}
+"""L4 and L5: a position whose two best reference logits differ by less is AMBIGUOUS. For integer schemes it is what
+rounding activations to int8 may change: over 320 tokens the artifact left the greedy path of its own stored weights
+16 times, at margins of 0.92 once and else below 0.31."""
+
+
+def kind(scheme_bits: int) -> str:
+    """The row of the tables above for linears of so many bits."""
+    return {4: "int4", 8: "int8"}.get(scheme_bits, "float")
+
+
+def gate(overrides: Mapping[str, Any], level: str, name: str, default: float) -> float:
+    """A target's own gate, or the default."""
+    return float(overrides.get(level, {}).get(name, default))

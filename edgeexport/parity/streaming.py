@@ -1,0 +1,265 @@
+"""Run a canonical graph stage by stage in ONNX Runtime, so that only one stage's weights are ever in memory.
+
+Weights enter each stage's graph as inputs: equal stages share one session, and the same graph can be fed with the
+checkpoint's weights (is the graph right?) or with an artifact's, read back and dequantised (is the lowering right?).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+
+from edgeexport.canonical.dialect import constant, linear, stored
+from edgeexport.canonical.trace import STAGE
+from edgeexport.core import Array, CanonicalModel, Progress, no_progress
+
+Rows = Callable[[str, int, int], Array]
+"""(weight name, start, stop) -> float32 rows; of a vector, elements."""
+
+LARGE_BYTES = 64 << 20
+"""A weight beyond this is multiplied in row chunks of this size and never held whole."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the decoder: `tokens` int64 [T], written at cache slots `position`.. ."""
+
+    tokens: Array
+    position: int
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What a run left: logits float32 [calls, V], and each stage's hidden state float32 [all tokens, hidden]."""
+
+    logits: Array
+    hidden: Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Some nodes of one stage as a graph of their own."""
+
+    model: bytes
+    activations: tuple[ir.Value, ...]
+    weights: tuple[str, ...]
+    outputs: tuple[ir.Value, ...]
+
+
+@dataclass(frozen=True)
+class _Large:
+    """A Gather from a weight or a multiplication by a large one, done here in row chunks."""
+
+    node: ir.Node
+    weight: str
+    input: ir.Value
+    output: ir.Value
+
+
+class StreamedGraph:
+    """A decoder's canonical graph, to be run with weights from anywhere."""
+
+    def __init__(self, model: CanonicalModel) -> None:
+        self._model = model
+        self._graph: ir.Graph = model.graph.graph
+        self._plan = {stage: self._cut(stage) for stage in model.stages}
+        self._sessions: dict[bytes, ort.InferenceSession] = {}
+
+    def run(self, calls: Sequence[Call], rows: Rows, progress: Progress = no_progress) -> Trail:
+        """Make all calls, one after the other in each stage, before the next stage's weights are read."""
+        inputs = {str(value.name): value for value in self._graph.inputs}
+        values: list[dict[ir.Value, Array]] = [
+            {inputs["input_ids"]: call.tokens[None], inputs["position"]: np.array([call.position], np.int64)}
+            for call in calls
+        ]
+        hidden: dict[str, Array] = {}
+        for done, (stage, parts) in enumerate(self._plan.items()):
+            for part in parts:
+                if isinstance(part, _Large):
+                    self._run_large(part, values, rows)
+                else:
+                    self._run_segment(part, values, rows, inputs)
+            crossing = [value for value in self._crossing(stage) if value in values[0]]
+            for value in crossing:
+                hidden[stage] = np.concatenate([known[value][0] for known in values])
+            progress(done + 1, len(self._plan))
+        logits = next(value for value in self._graph.outputs if value.name == "logits")
+        return Trail(np.stack([known[logits].reshape(-1) for known in values]), hidden)
+
+    def _run_segment(
+        self, part: _Segment, values: list[dict[ir.Value, Array]], rows: Rows, inputs: Mapping[str, ir.Value]
+    ) -> None:
+        session = self._session(part.model)
+        refs = self._model.weights
+        weights = {
+            f"w{k}": rows(name, 0, refs[name].shape[0]).reshape(refs[name].shape) for k, name in enumerate(part.weights)
+        }
+        replaced = dict(self._model.state)
+        cache: dict[ir.Value, Array] = {}
+        for known in values:
+            feeds = dict(weights)
+            for k, value in enumerate(part.activations):
+                if str(value.name) in replaced:
+                    feeds[f"a{k}"] = cache.get(value, np.zeros([int(d) for d in value.shape or ()], np.float32))
+                else:
+                    feeds[f"a{k}"] = known[value]
+            results = dict(zip(part.outputs, session.run(None, feeds), strict=True))
+            by_name = {str(value.name): array for value, array in results.items()}
+            for past, present in replaced.items():
+                if present in by_name:
+                    cache[inputs[past]] = by_name[present]
+            known.update({value: array for value, array in results.items() if value.name not in replaced.values()})
+
+    def _run_large(self, part: _Large, values: list[dict[ir.Value, Array]], rows: Rows) -> None:
+        count, width = self._model.weights[part.weight].shape
+        if part.node.op_type == "Gather":
+            for known in values:
+                ids = known[part.input]
+                known[part.output] = np.concatenate([rows(part.weight, int(i), int(i) + 1) for i in ids.reshape(-1)])[
+                    None
+                ]
+            return
+        step = max(1, LARGE_BYTES // (4 * width))
+        for known in values:
+            known[part.output] = np.empty((*known[part.input].shape[:-1], count), np.float32)
+        for start in range(0, count, step):
+            chunk = rows(part.weight, start, min(count, start + step))
+            for known in values:
+                np.matmul(known[part.input], chunk.T, out=known[part.output][..., start : start + len(chunk)])
+
+    def _session(self, model: bytes) -> ort.InferenceSession:
+        if model not in self._sessions:
+            options = ort.SessionOptions()
+            options.log_severity_level = 3
+            options.enable_cpu_mem_arena = False  # an arena would keep the largest stage's memory
+            options.enable_mem_pattern = False
+            self._sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        return self._sessions[model]
+
+    def _cut(self, stage: str) -> list[_Segment | _Large]:
+        """The stage's nodes in order, cut where a weight is looked up in or too large to be held."""
+        parts: list[_Segment | _Large] = []
+        open_nodes: list[ir.Node] = []
+
+        def close() -> None:
+            if open_nodes:
+                parts.append(self._segment(open_nodes))
+                open_nodes.clear()
+
+        for node in self._graph:
+            if node.metadata_props.get(STAGE) != stage or self._reads_weight(node):
+                continue
+            large = self._large(node)
+            if large is None:
+                open_nodes.append(node)
+            else:
+                close()
+                parts.append(large)
+        close()
+        return parts
+
+    def _reads_weight(self, node: ir.Node) -> bool:
+        """A Transpose of a weight belongs to the multiplication that uses it, wherever that is."""
+        return node.op_type == "Transpose" and self._weight(node.inputs[0]) is not None
+
+    def _weight(self, value: ir.Value | None) -> str | None:
+        held = stored(value)
+        return held.name if held is not None and held.name in self._model.weights else None
+
+    def _large(self, node: ir.Node) -> _Large | None:
+        if node.op_type == "Gather" and (name := self._weight(node.inputs[0])) is not None:
+            indices = node.inputs[1]
+            assert indices is not None
+            return _Large(node, name, indices, node.outputs[0])
+        found = linear(node)
+        if found is None:
+            return None
+        name = str(found.weight.name)
+        if 4 * self._model.weights[name].elements <= LARGE_BYTES:
+            return None
+        return _Large(node, name, found.input, found.output)
+
+    def _segment(self, nodes: Sequence[ir.Node]) -> _Segment:
+        """A graph of these nodes; names are positions, so that equal stages give equal bytes."""
+        inside: dict[ir.Value, ir.Value] = {}
+        activations: list[ir.Value] = []
+        weights: list[str] = []
+        inputs: list[ir.Value] = []
+        initializers: list[ir.Value] = []
+        copies: list[ir.Node] = []
+
+        def new_input(name: str, dtype: ir.DataType | None, shape: ir.Shape | None) -> ir.Value:
+            value = ir.Value(name=name, type=ir.TensorType(dtype or ir.DataType.FLOAT), shape=shape)
+            inputs.append(value)
+            return value
+
+        def value(old: ir.Value) -> ir.Value:
+            if old in inside:
+                return inside[old]
+            producer = old.producer()
+            name = self._weight(old)
+            if name is not None:
+                inside[old] = new_input(f"w{len(weights)}", None, ir.Shape(self._model.weights[name].shape))
+                weights.append(name)
+            elif producer is not None and self._reads_weight(producer):
+                inside[old] = copy(producer)
+            elif (tensor := constant(old)) is not None:
+                held = ir.tensor(tensor.numpy(), name=f"c{len(initializers)}")
+                inside[old] = ir.Value(
+                    name=held.name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held
+                )
+                initializers.append(inside[old])
+            else:
+                inside[old] = new_input(f"a{len(activations)}", old.dtype, None)
+                activations.append(old)
+            return inside[old]
+
+        def copy(node: ir.Node) -> ir.Value:
+            held = [value(item) if item is not None else None for item in node.inputs]
+            new = ir.Node(node.domain, node.op_type, held, node.attributes.values(), num_outputs=len(node.outputs))
+            new.name = f"n{len(copies)}"
+            copies.append(new)
+            for k, (old, made) in enumerate(zip(node.outputs, new.outputs, strict=True)):
+                made.name = f"{new.name}.{k}"
+                inside[old] = made
+            return new.outputs[0]
+
+        for node in nodes:
+            copy(node)
+        members = set(nodes)
+        outputs = [
+            item
+            for node in nodes
+            for item in node.outputs
+            if item.is_graph_output() or any(user not in members for user, _ in item.uses())
+        ]
+        for item in outputs:
+            inside[item].type = ir.TensorType(item.dtype or ir.DataType.FLOAT)
+        graph = ir.Graph(
+            inputs,
+            [inside[item] for item in outputs],
+            nodes=copies,
+            initializers=initializers,
+            opset_imports=dict(self._graph.opset_imports),
+            name="stage",
+        )
+        proto: Any = ir.serde.serialize_model(ir.Model(graph, ir_version=self._model.graph.ir_version))
+        return _Segment(proto.SerializeToString(deterministic=True), tuple(activations), tuple(weights), tuple(outputs))
+
+    def _crossing(self, stage: str) -> list[ir.Value]:
+        """The stage's hidden state: the one float value of rank 3 that later stages read."""
+        found = []
+        for node in self._graph:
+            if node.metadata_props.get(STAGE) != stage:
+                continue
+            for value in node.outputs:
+                users = {user.metadata_props.get(STAGE) for user, _ in value.uses()}
+                rank = len(value.shape) if value.shape is not None else 0
+                if value.dtype == ir.DataType.FLOAT and rank == 3 and users - {stage}:
+                    found.append(value)
+        return found
