@@ -141,13 +141,11 @@ def up_to_date(job: Job, destination: Path, console: Console) -> tuple[int, int,
         return None
     if bundle.manifest.build_key != job.build_key:
         return None
+    from edgeexport.parity.report import read_results
+
     report = json.loads((destination / "parity.json").read_bytes())
     sizes = report["sizes"]
-    return (
-        int(sizes["artifact_bytes"]),
-        int(sizes["ideal_bytes"]),
-        [msgspec.convert(r, ParityResult) for r in report["results"]],
-    )
+    return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report)
 
 
 def trace(job: Job, cache: Cache, console: Console) -> CanonicalModel:
@@ -250,6 +248,7 @@ def climb(
         unused=job.family.unused(job.checkpoint),
         checkpoint_rows=checkpoint_rows,
         stored_rows=stored_rows,
+        read_signature=lambda: runner.read_signature(folder, artifact),
         open_runner=open_runner,
         prompts=prompts.encode(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],
         answer_tokens=ANSWER_TOKENS,

@@ -23,6 +23,8 @@ from edgeexport.quant.source import PlannedWeights
 
 FAMILIES = tuple(sorted(families.known()))
 CONTEXT = 32
+DTYPES = {name: "float16" if name == "qwen3" else "bfloat16" for name in FAMILIES}
+"""What each family's tiny checkpoint is stored as, unless a test says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +47,15 @@ class Zoo:
         self.traced = cache(self._traced)
         self.oracle = cache(self._oracle)
 
-    def _traced(self, family: str, dtype: str = "float32", changes: tuple[tuple[str, Any], ...] = ()) -> Traced:
-        """The family's TINY with random weights of this dtype, traced with CONTEXT slots."""
+    def _traced(self, family: str, dtype: str = "", changes: tuple[tuple[str, Any], ...] = ()) -> Traced:
+        """The family's TINY, perhaps with changes and of another dtype, traced with CONTEXT slots."""
         config = {**families.find(family).tiny, **dict(changes)}
         folder = self._folder / f"{len(list(self._folder.iterdir()))}-{family}"
-        return traced(write_checkpoint(folder, config, dtype))
+        return traced(write_checkpoint(folder, config, dtype or DTYPES[family]))
 
-    def _oracle(self, family: str, dtype: str = "float32", changes: tuple[tuple[str, Any], ...] = ()) -> Any:
+    def _oracle(self, *model: Any) -> Any:
         """transformers' model of the same checkpoint, computing in float32."""
-        return oracle(self.traced(family, dtype, changes).checkpoint.path)
+        return oracle(self.traced(*model).checkpoint.path)
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], dtype: str = "float32", seed: int = 0) -> Path:
@@ -99,19 +101,16 @@ def reference_logits(model: Any, tokens: Array) -> Array:
 
 
 def filled(model: CanonicalModel, weights: Mapping[str, Array]) -> bytes:
-    """The canonical graph as an ONNX file of its own: each reference replaced by these values, in its stored dtype."""
-    initializers = model.graph.graph.initializers
-    references = {name: initializers[name].const_value for name in model.weights}
-    try:
-        for name, reference in references.items():
-            values = weights[name].reshape(tuple(reference.shape))
-            initializers[name].const_value = ir.tensor(
-                values.astype(reference.dtype.numpy()), dtype=reference.dtype, name=name
-            )
-        proto: bytes = ir.serde.serialize_model(model.graph).SerializeToString()
-    finally:
-        for name, reference in references.items():
-            initializers[name].const_value = reference
+    """The canonical graph as an ONNX file of its own, each reference replaced by these float32 values.
+
+    float32 whatever the checkpoint's dtype, so that dequantised values are not rounded to it.
+    """
+    graph = model.graph.clone()
+    for name, ref in model.weights.items():
+        held = graph.graph.initializers[name]
+        held.const_value = ir.tensor(weights[name].astype(np.float32).reshape(ref.shape), name=name)
+        held.dtype = ir.DataType.FLOAT
+    proto: bytes = ir.serde.serialize_model(graph).SerializeToString()
     return proto
 
 

@@ -326,7 +326,7 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
     add = x.producer()
     residual = ctx.values[x].producer() if add is not None and x in ctx.values else None
     unread = residual is not None and not residual.outputs[0].uses()
-    if residual is not None and unread and residual.op_type == "Add" and add is not None and _is_residual(add, ctx):
+    if residual is not None and unread and residual.op_type == "Add" and add is not None and _is_residual(add):
         ctx.nodes.remove(residual)
         fused = ctx.emit(
             "SkipSimplifiedLayerNormalization", [*residual.inputs, weight], epsilon, MS, outputs=4, name=node.name or ""
@@ -341,7 +341,7 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
     )
 
 
-def _is_residual(add: ir.Node, ctx: Lowering) -> bool:
+def _is_residual(add: ir.Node) -> bool:
     """Whether the Add joins two activations of the same shape, so that the fused op may take it over.
 
     A symbolic size is the number of tokens; its name differs from stage to stage.

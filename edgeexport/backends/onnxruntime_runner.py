@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
+from edgeexport.core import Dim, TensorSpec
 
 PROVIDERS = ["CPUExecutionProvider"]
 
@@ -90,3 +91,31 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None) ->
     graph = next(name for name in component.files if name.endswith(".onnx"))
     state = tuple((pair[0], pair[1]) for pair in component.state)
     return OnnxDecoder(folder / graph, state, threads=threads, folder=folder)
+
+
+NUMPY_NAMES = {"float": "float32", "double": "float64"}
+"""ONNX Runtime's element types that numpy calls otherwise."""
+
+
+def read_signature(folder: Path, component: Any) -> dict[str, TensorSpec]:
+    """Inputs and outputs of an artifact as the runtime sees them, by name. No weight is read or prepared.
+
+    Raises: BundleError `artifact-does-not-open`.
+    """
+    import onnxruntime as ort
+
+    graph = next(name for name in component.files if name.endswith(".onnx"))
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        session = ort.InferenceSession(str(folder / graph), options, providers=PROVIDERS)
+    except (RuntimeError, ValueError) as problem:
+        raise errors.artifact_does_not_open(str(folder), "onnxruntime", str(problem)) from problem
+    found = {}
+    for value in (*session.get_inputs(), *session.get_outputs()):
+        element = value.type.removeprefix("tensor(").removesuffix(")")
+        shape = tuple(d if isinstance(d, int) else Dim(str(d), 0, 0) for d in value.shape)
+        found[value.name] = TensorSpec(value.name, NUMPY_NAMES.get(element, element), shape)
+    return found

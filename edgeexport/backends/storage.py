@@ -103,7 +103,7 @@ def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress
 def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Array:
     """Rows as the artifact holds them, as float32 [stop - start, width]: read back, unpacked and dequantised.
 
-    Raises: BundleError `artifact-truncated` when the file ends early.
+    A row of a vector is an element. Raises: BundleError `artifact-truncated` when the file ends early.
     """
     fmt, width = weight.format, weight.shape[-1] if len(weight.shape) > 1 else 1
     size, count = row_bytes(width, fmt), stop - start

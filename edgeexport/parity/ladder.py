@@ -7,6 +7,7 @@ largest of the three, not their sum.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -19,9 +20,11 @@ from edgeexport.core import (
     LEVELS,
     Array,
     CanonicalModel,
+    Dim,
     ParityResult,
     QuantPlan,
     TensorRef,
+    TensorSpec,
     Verdict,
 )
 from edgeexport.parity import gates
@@ -56,6 +59,8 @@ class Subject:
     """By checkpoint name."""
     stored_rows: Rows
     """By checkpoint name: what the artifact's files hold, read back and dequantised."""
+    read_signature: Callable[[], Mapping[str, TensorSpec]]
+    """Opens the artifact in its runtime without making it ready to run: inputs and outputs by name."""
     open_runner: OpenRunner
     prompts: Sequence[Array]
     answer_tokens: int
@@ -163,18 +168,22 @@ class _Evidence:
 
 
 def _opens(evidence: _Evidence, state: Climb) -> None:
-    """L1: the artifact opens, takes a token and gives finite logits of the promised shape."""
+    """L1: the runtime opens the artifact, and its inputs and outputs are those that the canonical graph promises."""
     subject = evidence.subject
-    expected = next(spec.shape[-1] for spec in subject.model.outputs if spec.name == "logits")
-    runner = subject.open_runner()
-    try:
-        logits = runner.step(evidence.calls[0].tokens[:1], 0)
-        good = logits.shape == (expected,) and bool(np.isfinite(logits).all())
-        metrics = {"vocab": int(logits.size), "context": runner.context, "nodes": len(subject.model.graph.graph)}
-    finally:
-        runner.close()
-    note = "dialect verified; artifact opens and answers" if good else "logits of a wrong shape, or not finite"
-    state.results.append(_row(subject, "L1", "signatures", metrics, {"vocab": int(str(expected))}, good, note))
+    found = subject.read_signature()
+    promised = {spec.name: spec for spec in (*subject.model.inputs, *subject.model.outputs)}
+    wrong = sorted(found.keys() ^ promised.keys())
+    wrong += [name for name in found.keys() & promised.keys() if not _fits(found[name], promised[name])]
+    metrics = {"names": len(found), "differing": len(wrong), "nodes": len(subject.model.graph.graph)}
+    note = f"differing: {', '.join(wrong[:3])}" if wrong else "dialect verified; the runtime opens it"
+    state.results.append(_row(subject, "L1", "signatures", metrics, {"differing": 0}, not wrong, note))
+
+
+def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
+    """Same dtype and rank, and the same size wherever both name one."""
+    sizes = zip(found.shape, promised.shape, strict=False)
+    same = all(isinstance(a, Dim) or isinstance(b, Dim) or a == b for a, b in sizes)
+    return found.dtype == promised.dtype and len(found.shape) == len(promised.shape) and same
 
 
 def _graph(evidence: _Evidence, state: Climb) -> None:
@@ -200,23 +209,16 @@ def _weights(evidence: _Evidence, state: Climb) -> None:
     subject = evidence.subject
     groups: dict[tuple[str, str], list[tuple[float, float, str, bool]]] = {}
     names = {ref.name for ref in subject.model.weights.values()}
-    with evidence.watch("Comparing stored weights") as progress:
-        for done, (name, ref) in enumerate(subject.model.weights.items()):
-            stats = _compare_weight(subject, ref)
+    with evidence.watch("Comparing stored weights") as progress, ThreadPoolExecutor(2) as pool:
+        compared = pool.map(lambda ref: _compare_weight(subject, ref), subject.model.weights.values())
+        for done, (name, stats) in enumerate(zip(subject.model.weights, compared, strict=True)):
             fmt = subject.plan.formats[name]
             floor = gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(fmt))
             good = stats.nonfinite == 0 and stats.snr_db >= floor and stats.added_zero_share <= gates.MAX_ADDED_ZEROS
             kind = subject.plan.classes[name]
             groups.setdefault((kind, fmt.name), []).append((stats.snr_db, stats.added_zero_share, name, good))
-            state.weights.append(
-                {
-                    "tensor": name,
-                    "class": kind,
-                    "format": fmt.name,
-                    "snr_db": stats.snr_db,
-                    "zero_share": stats.zero_share,
-                }
-            )
+            figures = {"snr_db": stats.snr_db, "zero_share": stats.zero_share}
+            state.weights.append({"tensor": name, "class": kind, "format": fmt.name, **figures})
             progress(done + 1, len(subject.model.weights))
     for (kind, fmt_name), found in sorted(groups.items()):
         snr, _, worst_name, _ = min(found)

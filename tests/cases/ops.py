@@ -60,6 +60,7 @@ def cached_attention(
     rotary: int = 16, interleaved: int = 0, scale: float = 0.25,
 ) -> OpCase:  # fmt: skip
     """The decoder's attention: q, k, v [1,T,heads * dim] -> rotated, written at `position`, attended, flat again."""
+    layout = f"interleaved = {interleaved}, rotary_embedding_dim = {rotary}"
     angle = np.arange(slots)[:, None] * (0.7 ** np.arange(rotary // 2))[None]
     return OpCase(
         op="Attention",
@@ -71,8 +72,8 @@ def cached_attention(
             qt = Transpose <perm = [0, 2, 1, 3]> (q4)
             kt = Transpose <perm = [0, 2, 1, 3]> (k4)
             vt = Transpose <perm = [0, 2, 1, 3]> (v4)
-            qr = RotaryEmbedding <interleaved = {interleaved}, rotary_embedding_dim = {rotary}> (qt, cos, sin, positions)
-            kr = RotaryEmbedding <interleaved = {interleaved}, rotary_embedding_dim = {rotary}> (kt, cos, sin, positions)
+            qr = RotaryEmbedding <{layout}> (qt, cos, sin, positions)
+            kr = RotaryEmbedding <{layout}> (kt, cos, sin, positions)
             present_key = TensorScatter <axis = -2, mode = "linear"> (past_key, kr, position)
             present_value = TensorScatter <axis = -2, mode = "linear"> (past_value, vt, position)
             a = Attention <is_causal = 1, scale = {scale}> (qr, present_key, present_value, , , , kv_length)
