@@ -165,8 +165,8 @@ def _speed(answer: Answer) -> str:
 def _document(bundle: Bundle, answer: Answer) -> dict[str, Any]:
     return {
         "bundle": bundle.path,
-        "prompt_tokens": answer.prompt_tokens,
-        "tokens": answer.tokens,
+        "prompt_token_ids": answer.prompt_tokens,
+        "token_ids": answer.tokens,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
         "timings": {

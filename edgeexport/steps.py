@@ -118,7 +118,8 @@ def refuse_plan(plan: Mapping[str, Any], max_rss: int | None, parity: str) -> No
     if found:
         classes = {kind.exit_code: kind for kind in errors.EdgeExportError.__subclasses__()}
         raise classes[plan["exit_code"]](*found)
-    need = plan["build"]["memory"] if parity <= "L3" else plan["build"]["memory_with_ladder"]
+    memory = {"L1": "memory", "L2": "memory_to_l3", "L3": "memory_to_l3"}.get(parity, "memory_with_ladder")
+    need = plan["build"][memory]
     if max_rss is not None and need > max_rss:
         raise errors.max_rss_too_small(max_rss, need, parity)
 
@@ -369,6 +370,11 @@ def job_of_bundle(folder: Path, model: str, level: str) -> tuple[Job, Artifact]:
         (folder / f"{component.name}.weights.json").read_bytes(), type=dict[str, StoredWeight]
     )
     return job, Artifact(component.name, component.backend, component.files, (), component.state, weights, {})
+
+
+def stored_weights(bundle: Path, component: str = "decoder") -> dict[str, StoredWeight]:
+    """Where a bundle's artifact keeps each weight, by the canonical graph's names."""
+    return msgspec.json.decode((bundle / f"{component}.weights.json").read_bytes(), type=dict[str, StoredWeight])
 
 
 def write_canonical(

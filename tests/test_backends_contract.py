@@ -162,7 +162,8 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_chunks_and_one_prompt_lead_to_the_same_tokens(scheme: str, larger: Traced, tmp_path: Path) -> None:
-    artifact = compiled(larger.model, larger.plan(scheme), tmp_path)
+    # In float32: with activations rounded to int8, a last bit of difference may become a whole step.
+    artifact = compiled(larger.model, larger.plan(scheme), tmp_path, accuracy_level=1)
     whole, chunks = opened(artifact, tmp_path), opened(artifact, tmp_path)
     first = whole.step(TOKENS[:20], 0).copy()
     for start, stop in ((0, 9), (9, 10), (10, 20)):

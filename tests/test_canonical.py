@@ -69,7 +69,7 @@ def test_a_computed_shape_that_no_constant_expresses_stays(shape: list[Any]) -> 
     model = parsed(text, X, ("y",), {})
     model.graph.outputs[0].shape = ir.Shape(shape)
     passes.fix_reshapes(model)
-    assert ops(model) == ["Shape", "Reshape"]
+    assert model.graph[1].inputs[1] is model.graph[0].outputs[0]
 
 
 def test_simplify_folds_constants_and_drops_what_does_nothing() -> None:
@@ -341,7 +341,7 @@ def test_the_graph_computes_what_transformers_computes(model: tuple[Any, ...], c
     assert difference(Decoder(found, checkpoint_weights(found)), TOKENS, expected, calls) < 1e-5
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12), st.integers(0, 20))
 def test_the_cache_may_be_rewound_and_overwritten(zoo: Zoo, calls: list[int], back: int) -> None:
     found: Traced = zoo.traced("llama")

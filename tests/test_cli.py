@@ -401,8 +401,8 @@ def test_one_prompt_as_json(runner: Counting, capsys: pytest.CaptureFixture[str]
     assert execute(["run", "dist/m", "--prompt", "a", "--raw", "--json"]) == 0
     document = documents(capsys.readouterr().out)
     tokens = list(range(ord("b"), ord("a") + 40 - 2 + 2))
-    assert document["prompt_tokens"] == [1, ord("a")]
-    assert document["tokens"] == tokens
+    assert document["prompt_token_ids"] == [1, ord("a")]
+    assert document["token_ids"] == tokens
     assert document["text"] == "".join(map(chr, tokens))
     assert document["finish_reason"] == "context"
     timings = document["timings"]

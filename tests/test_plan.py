@@ -200,7 +200,9 @@ def test_build_cost_counts_layers_and_not_the_vocabulary() -> None:
     geometry = Geometry(2, 8, 2, 2, 4, vocab=100, max_context=16, tied=False)
     shapes = {"embed": (100, 8), "a": (10, 10), "b": (10, 10)}
     cost = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10})
-    assert cost["memory_with_ladder"] - cost["memory"] == 1000 + 10 + 2 * (4 * 200 // 2)
+    layers = 2 * (4 * 200 // 2)
+    assert cost["memory_to_l3"] - cost["memory"] == layers
+    assert cost["memory_with_ladder"] - cost["memory"] == max(layers, 2 * (1000 + 10))
 
 
 def test_headers_of_twenty_gigabytes_take_neither_torch_nor_memory(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from edgeexport.backends.optable import OpTable
 from edgeexport.backends.storage import Layout
 from edgeexport.canonical.dialect import attribute, constant, linear, stored
-from edgeexport.core import CanonicalModel, Format, QuantPlan
+from edgeexport.core import CanonicalModel, Dim, Format, QuantPlan
 
 MS = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)
@@ -76,8 +76,9 @@ class Lowering:
             else:
                 self.keep(node)
         outputs = [self.values[value] for value in graph.outputs]
-        for new, spec in zip(outputs, self.model.outputs, strict=True):
-            new.name = spec.name
+        for old, new, spec in zip(graph.outputs, outputs, self.model.outputs, strict=True):
+            new.name, new.type = spec.name, old.type
+            new.shape = ir.Shape([size.name if isinstance(size, Dim) else size for size in spec.shape])
         lowered = ir.Graph(
             self.inputs,
             outputs,

@@ -29,12 +29,7 @@ class OnnxDecoder:
             options.intra_op_num_threads = threads
         if isinstance(model, bytes):
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        try:
-            self._session = ort.InferenceSession(
-                model if isinstance(model, bytes) else str(model), options, providers=PROVIDERS
-            )
-        except (RuntimeError, ValueError) as problem:  # onnxruntime's exceptions derive from these
-            raise errors.artifact_does_not_open(str(folder), "onnxruntime", str(problem)) from problem
+        self._session = _open_session(model, options, folder)
         shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
         self.vocab = int(shapes["logits"][-1])
         self.context = int(shapes[state[0][0]][2])
@@ -109,13 +104,25 @@ def read_signature(folder: Path, component: Any) -> dict[str, TensorSpec]:
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    try:
-        session = ort.InferenceSession(str(folder / graph), options, providers=PROVIDERS)
-    except (RuntimeError, ValueError) as problem:
-        raise errors.artifact_does_not_open(str(folder), "onnxruntime", str(problem)) from problem
+    session = _open_session(folder / graph, options, folder)
     found = {}
     for value in (*session.get_inputs(), *session.get_outputs()):
         element = value.type.removeprefix("tensor(").removesuffix(")")
         shape = tuple(d if isinstance(d, int) else Dim(str(d), 0, 0) for d in value.shape)
         found[value.name] = TensorSpec(value.name, NUMPY_NAMES.get(element, element), shape)
     return found
+
+
+def _open_session(model: Path | bytes, options: Any, folder: Path) -> Any:
+    """A session on the processor. Raises: BundleError `artifact-does-not-open` with the runtime's message."""
+    import onnxruntime as ort
+    from onnxruntime.capi import onnxruntime_pybind11_state as native
+
+    # onnxruntime has an exception for each of its status codes, and no class that they share but Exception.
+    kinds: tuple[type[Exception], ...] = tuple(
+        kind for kind in vars(native).values() if isinstance(kind, type) and issubclass(kind, Exception)
+    ) + (RuntimeError, ValueError)
+    try:
+        return ort.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=PROVIDERS)
+    except kinds as problem:
+        raise errors.artifact_does_not_open(str(folder), "onnxruntime", str(problem)) from problem

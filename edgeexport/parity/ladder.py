@@ -33,7 +33,7 @@ from edgeexport.parity.streaming import Call, Rows, StreamedGraph, Trail
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.session.runner import DecoderRunner
 
-DECODE_STEPS = 12
+DECODE_STEPS = 8
 """Decode calls of the numeric levels, after a prefill and a second chunk that meets a filled cache."""
 
 ROW_BLOCK = 1 << 20

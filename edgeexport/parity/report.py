@@ -73,7 +73,7 @@ def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
 
 
 def read_results(document: Mapping[str, Any]) -> list[ParityResult]:
-    """The rows of a parity.json that `write_json` wrote; the strings that stand for NaN and infinity are numbers again."""
+    """The rows of a parity.json by `write_json`; the strings that stand for NaN and infinity are numbers again."""
 
     def numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
         return {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
