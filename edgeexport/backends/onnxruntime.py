@@ -7,7 +7,7 @@ from pathlib import Path
 
 from edgeexport import errors
 from edgeexport.backends import storage
-from edgeexport.backends.onnxruntime_ops import OPS, Lowering
+from edgeexport.backends.onnxruntime_ops import OPS
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -76,9 +76,11 @@ def compile(
     import onnx_ir as ir
     import onnx_ir.passes.common as common
 
+    from edgeexport.backends.onnxruntime_lowering import Lowering
+
     options = Options(**target.options)
     layout = storage.Layout(f"{model.component}.onnx.data")
-    lowering = Lowering(model, plan, layout, options.accuracy_level)
+    lowering = Lowering(model, plan, layout, OPS, options.accuracy_level)
     lowered = lowering.run()
     common.RemoveUnusedNodesPass()(lowered)
     common.TopologicalSortPass()(lowered)

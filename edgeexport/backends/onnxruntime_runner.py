@@ -78,14 +78,29 @@ class OnnxDecoder:
         del self._binding, self._session
 
 
-def open_decoder(folder: Path, component: Any, *, threads: int | None = None) -> OnnxDecoder:
+def open_decoder(folder: Path, component: Any, *, threads: int | None = None, exact: bool = False) -> OnnxDecoder:
     """Open a component of a bundle's manifest as a decoder.
+
+    With `exact` the same weights are multiplied by float32 activations, many times slower: MatMulNBits rounds
+    activations to int8 else, and that rounding would hide a mistake of the lowering.
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
-    graph = next(name for name in component.files if name.endswith(".onnx"))
+    graph = folder / next(name for name in component.files if name.endswith(".onnx"))
     state = tuple((pair[0], pair[1]) for pair in component.state)
-    return OnnxDecoder(folder / graph, state, threads=threads, folder=folder)
+    return OnnxDecoder(_exact(graph) if exact else graph, state, threads=threads, folder=folder)
+
+
+def _exact(graph: Path) -> bytes:
+    """The graph with every MatMulNBits at accuracy level 1, float32; its weights stay in their file."""
+    import onnx
+
+    model = onnx.load(str(graph), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "MatMulNBits" and attribute.name == "accuracy_level":
+                attribute.i = 1
+    return bytes(model.SerializeToString())
 
 
 NUMPY_NAMES = {"float": "float32", "double": "float64"}

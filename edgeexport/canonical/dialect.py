@@ -9,17 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING
 
 from edgeexport import errors
 from edgeexport.core import Finding, TensorClass, TensorRef
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 OPSET = 24
 IR_VERSION = 11
 MAX_RANK = 4
 
-Limit = Callable[[ir.Node], str | None]
+Limit = Callable[["ir.Node"], "str | None"]
 """Gives the reason why a node is outside the dialect, or None."""
 
 
