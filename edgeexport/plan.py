@@ -26,8 +26,8 @@ RUNTIME_BYTES = 64 << 20
 activations of one token."""
 
 MEMORY_FORMULA = (
-    "imports 375 MiB + buffers 128 MiB; up to L3 also 2 layers in float32; with the whole ladder, if that is more, twice "
-    "artifact + KV cache (ONNX Runtime packs the weights anew)"
+    "imports 375 MiB + buffers 128 MiB; up to L3 also 2 layers in float32; with the whole ladder, if that is more, "
+    "twice artifact + KV cache (ONNX Runtime packs the weights anew)"
 )
 TIME_FORMULA = "imports 5 s + weights / 100 million per second, without the ladder"
 

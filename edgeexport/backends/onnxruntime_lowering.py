@@ -5,8 +5,9 @@ What each op becomes is in onnxruntime_ops.py; this room needs onnx-ir, that one
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -83,8 +84,9 @@ class Lowering:
         )
         return ir.Model(lowered, ir_version=10, producer_name="edgeexport")
 
-    def value(self, old: ir.Value) -> ir.Value:
+    def value(self, old: ir.Value | None) -> ir.Value:
         """The new value that stands for `old`; a weight enters the layout when it is first asked for."""
+        assert old is not None, "an input that the dialect requires"
         if old not in self.values:
             weight = stored(old)
             if weight is not None and weight.name in self.model.weights:
@@ -159,14 +161,14 @@ class Lowering:
         self,
         op: str,
         inputs: Sequence[ir.Value | None],
-        attributes: dict[str, object] | None = None,
+        attributes: Mapping[str, Any] | None = None,
         domain: str = "",
         outputs: int = 1,
         name: str = "",
     ) -> ir.Value:
         """Append a node; returns its first output (the others hang on its producer)."""
         label = name or f"{op}.{len(self.nodes)}"
-        node = ir.node(op, inputs, attributes or {}, domain=domain, num_outputs=outputs, name=label)
+        node = ir.node(op, inputs, dict(attributes or {}), domain=domain, num_outputs=outputs, name=label)
         for k, value in enumerate(node.outputs):
             value.name = label if k == 0 else f"{label}.{k}"
         self.nodes.append(node)
@@ -192,7 +194,12 @@ class Lowering:
         return new
 
     def _initializer(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+        value = ir.Value(
+            name=name,
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape(int(str(dim)) for dim in tensor.shape),
+            const_value=tensor,
+        )
         self.initializers[name] = value
         return value
 
@@ -216,14 +223,28 @@ def match_heads(attention: ir.Node) -> Heads | None:
     if not all(turned) or after is None or flat is None:
         return None
     q, k, v = (_flat(node.inputs[0]) for node in turned if node)
-    heads, kv_heads = (value.shape[1] for value in (rope_q.outputs[0], rope_k.outputs[0]) if value.shape)
-    needed = (q, k, v, scatter_k.inputs[0], scatter_v.inputs[0], rope_q.inputs[1], rope_q.inputs[2])
-    if any(value is None for value in needed) or rope_q.inputs[1:4] != rope_k.inputs[1:4]:
+    cos, sin = rope_q.inputs[1:3]
+    values = [value for value in (q, k, v, *scatter_k.inputs[:1], *scatter_v.inputs[:1], cos, sin) if value is not None]
+    counts = [value.shape[1] for value in (rope_q.outputs[0], rope_k.outputs[0]) if value.shape is not None]
+    known = [count for count in counts if isinstance(count, int)]
+    if len(values) != 7 or len(known) != 2 or rope_q.inputs[1:4] != rope_k.inputs[1:4]:
         return None
     absorbed = (scatter_k, scatter_v, rope_q, rope_k, after, flat)
+    interleaved = 1 if attribute(rope_q, "interleaved", 0) == 1 else 0
     return Heads(
-        *needed, int(attribute(rope_q, "interleaved", 0)), int(heads), int(kv_heads), flat.outputs[0], absorbed
-    )  # type: ignore[arg-type, call-overload]
+        q=values[0],
+        k=values[1],
+        v=values[2],
+        past_key=values[3],
+        past_value=values[4],
+        cos=values[5],
+        sin=values[6],
+        interleaved=interleaved,
+        heads=known[0],
+        kv_heads=known[1],
+        output=flat.outputs[0],
+        absorbed=absorbed,
+    )
 
 
 def merge_groups(graph: ir.Graph, plan: QuantPlan) -> dict[ir.Node, tuple[Linear, ...]]:

@@ -69,15 +69,17 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
     producer = out.producer()
     assert producer is not None
     ctx.values[found.output] = out
-    for cache, new in zip((node.inputs[1], node.inputs[2]), producer.outputs[1:], strict=True):
-        ctx.values[cache] = new
+    for cache, new in zip(node.inputs[1:3], producer.outputs[1:], strict=True):
+        if cache is not None:
+            ctx.values[cache] = new
 
 
 def _flattened(ctx: Lowering, value: ir.Value) -> ir.Value:
     """[1,T,heads,head_dim] as [1,T,heads * head_dim], which is what GroupQueryAttention takes."""
     new = ctx.value(value)
-    if value.shape is not None and len(value.shape) == 4:
-        width = int(value.shape[2]) * int(value.shape[3])
+    sizes = list(value.shape) if value.shape is not None else []
+    if len(sizes) == 4 and isinstance(sizes[2], int) and isinstance(sizes[3], int):
+        width = sizes[2] * sizes[3]
         return ctx.emit("Reshape", [new, ctx.small(f"{value.name}/flat", [0, 0, width])])
     return new
 

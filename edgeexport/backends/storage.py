@@ -150,7 +150,7 @@ def _write_rows(name: str, weight: StoredWeight, descriptor: int, source: Weight
 
 
 def _write_all(descriptor: int, array: Array, offset: int) -> None:
-    view = memoryview(np.ascontiguousarray(array)).cast("B") if array.size else memoryview(b"")
+    view = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
@@ -160,7 +160,7 @@ def _read(path: Path, offset: int, size: int) -> Array:
     with path.open("rb", buffering=0) as file:
         file.seek(offset)
         data = np.empty(size, np.uint8)
-        got = file.readinto(memoryview(data)) if size else 0
+        got = file.readinto(data.data) if size else 0
     if got != size:
         raise errors.artifact_truncated(path, offset + size)
     return data

@@ -168,5 +168,5 @@ def classes(model: ir.Model, weights: Mapping[str, TensorRef]) -> dict[str, Tens
     for node in model.graph:
         table = stored(node.inputs[0]) if node.op_type == "Gather" else None
         if table is not None and table.name in weights:
-            found[table.name] = "embedding"
+            found[str(table.name)] = "embedding"
     return found

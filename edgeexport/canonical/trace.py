@@ -220,7 +220,12 @@ def _describe(value: ir.Value, name: str, dtype: ir.DataType | None, shape: ir.S
 
 def _initializer(name: str, tensor: ir.TensorProtocol | None) -> ir.Value:
     assert tensor is not None
-    return ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    return ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(int(str(dim)) for dim in tensor.shape),
+        const_value=tensor,
+    )
 
 
 def _input(spec: TensorSpec) -> ir.Value:

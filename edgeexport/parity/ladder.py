@@ -220,14 +220,14 @@ def _weights(evidence: _Evidence, state: Climb) -> None:
             figures = {"snr_db": stats.snr_db, "zero_share": stats.zero_share}
             state.weights.append({"tensor": name, "class": kind, "format": fmt.name, **figures})
             progress(done + 1, len(subject.model.weights))
-    for (kind, fmt_name), found in sorted(groups.items()):
+    for (group, fmt_name), found in sorted(groups.items()):
         snr, _, worst_name, _ = min(found)
         bad = [name for *_, name, good in found if not good]
         bits = {fmt.name: fmt for fmt in subject.plan.formats.values()}[fmt_name]
         gate = {"min_snr_db": gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(bits))}
         metrics = {"min_snr_db": snr, "added_zeros": max(share for _, share, *_ in found), "tensors": len(found)}
         note = f"failing: {', '.join(bad[:3])}" if bad else f"least at {worst_name}"
-        state.results.append(_row(subject, "L3", f"{kind} {fmt_name}", metrics, gate, not bad, note))
+        state.results.append(_row(subject, "L3", f"{group} {fmt_name}", metrics, gate, not bad, note))
     left = sorted(subject.tensors.keys() - names - subject.unused)
     metrics = {"used": len(names), "left_over": len(left), "not_read": len(subject.unused)}
     note = (

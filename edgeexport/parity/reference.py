@@ -88,7 +88,7 @@ class Reference:
 
             def fill(module: nn.Module, _: Any) -> None:
                 for key, name in names.items():
-                    shape = empty[key].shape  # type: ignore[union-attr]
+                    shape = empty[key].shape
                     held = torch.from_numpy(self._rows(name, 0, shape[0])).reshape(shape)
                     module._parameters[key] = nn.Parameter(held, requires_grad=False)
 

@@ -105,7 +105,9 @@ class StreamedGraph:
             feeds = dict(weights)
             for k, value in enumerate(part.activations):
                 if str(value.name) in replaced:
-                    feeds[f"a{k}"] = cache.get(value, np.zeros([int(d) for d in value.shape or ()], np.float32))
+                    feeds[f"a{k}"] = cache.get(
+                        value, np.zeros([d for d in value.shape or () if isinstance(d, int)], np.float32)
+                    )
                 else:
                     feeds[f"a{k}"] = known[value]
             results = dict(zip(part.outputs, session.run(None, feeds), strict=True))
@@ -211,7 +213,10 @@ class StreamedGraph:
             elif (tensor := constant(old)) is not None:
                 held = ir.tensor(tensor.numpy(), name=f"c{len(initializers)}")
                 inside[old] = ir.Value(
-                    name=held.name, type=ir.TensorType(held.dtype), shape=held.shape, const_value=held
+                    name=held.name,
+                    type=ir.TensorType(held.dtype),
+                    shape=ir.Shape(int(str(dim)) for dim in held.shape),
+                    const_value=held,
                 )
                 initializers.append(inside[old])
             else:

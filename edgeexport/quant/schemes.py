@@ -42,9 +42,9 @@ class Scheme:
         return {"linear": self.linear, "embedding": self.embedding, "lm_head": self.lm_head, "other": self.other}
 
 
-# The int4 schemes keep embedding and lm_head in int8: on SmolLM2-135M's embedding int4-b32 has an SNR of 19 dB, int8
-# with a scale per 64 weights 44 dB, with one per row 39 dB; and as lm_head [49152, 576] int8-b32 takes no longer than
-# int4-b32 (0.31 ms, ONNX Runtime 1.31, 2 threads, accuracy level 4).
+# The int4 schemes store embedding and lm_head in int4 too: decoding reads the whole lm_head for every token, and in
+# int8 SmolLM2-135M decodes 12% slower (200 against 228 tok/s, best of 10 rounds, 2 threads). The price, measured over
+# 2,400 tokens of mixed text: KL to transformers 0.43 instead of 0.34 nats, top-1 0.65 instead of 0.70.
 SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -53,17 +53,17 @@ SCHEMES: Mapping[str, Scheme] = {
         Scheme("int8", "8-bit integers, one scale per output channel", INT8_CHANNEL, INT8_CHANNEL, INT8_CHANNEL),
         Scheme(
             "int4-b32",
-            "4-bit integers, a scale per 32 weights; embedding and lm_head 8-bit",
+            "4-bit integers, a scale per 32 weights",
             FORMATS["int4-b32"],
-            FORMATS["int8-b32"],
-            FORMATS["int8-b32"],
+            FORMATS["int4-b32"],
+            FORMATS["int4-b32"],
         ),
         Scheme(
             "int4-b128",
-            "4-bit integers, a scale per 128 weights; embedding and lm_head 8-bit",
+            "4-bit integers, a scale per 128 weights",
             FORMATS["int4-b128"],
-            FORMATS["int8-b128"],
-            FORMATS["int8-b128"],
+            FORMATS["int4-b128"],
+            FORMATS["int4-b128"],
         ),
     )
 }

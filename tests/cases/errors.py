@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from edgeexport.core import ParityResult, Verdict
+
 EXAMPLES: dict[str, dict[str, Any]] = {
     # checkpoint
     "not_a_checkpoint": {"path": Path("models/notes.txt"), "problem": "it is a file, but not a .gguf file"},
@@ -162,4 +164,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "runtime": "ONNX Runtime",
         "problem": "Protobuf parsing failed",
     },
+    "nothing_compared": {"level": "L5", "why": "the artifact answered no token"},
+    "parity_failed": {
+        "row": ParityResult(
+            "decoder", "L4", "logits", {"max_abs": 0.31}, {"max_abs": 0.002}, Verdict.FAIL, "first at step 3"
+        )
+    },
+    "max_rss_too_small": {"limit": 256 << 20, "need": 503 << 20, "parity": "L5"},
+    "max_rss_exceeded": {"limit": 900 << 20, "peak": 1024 << 20},
+    "bundle_of_another_model": {"folder": Path("dist/m-host-ort"), "recorded": "a" * 64, "found": "b" * 64},
+    "cannot_link_weights": {"path": Path("m.gguf"), "why": "blk.0.attn_q is stored as Q4_1, which ONNX cannot read"},
 }
