@@ -24,7 +24,7 @@ demo: setup
 	$(BIN)/edgeexport run dist/smollm2-135m-host-ort --prompt "What is the capital of France?"
 
 test: setup
-	$(BIN)/python -m pytest -q -m "$(TESTS)"
+	$(BIN)/python -m pytest -q -n 2 -m "$(TESTS)"
 
 lint: setup
 	$(BIN)/ruff check .

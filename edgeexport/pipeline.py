@@ -10,6 +10,7 @@ from typing import Any
 
 from edgeexport import errors, families, quant, targets
 from edgeexport import steps as step
+from edgeexport.bench import peak_rss
 from edgeexport.bundle.cache import Cache
 from edgeexport.bundle.writer import refuse_existing
 from edgeexport.checkpoint import WeightReader, open_checkpoint
@@ -72,7 +73,7 @@ def build(
     step.announce(console, plan, destination)
 
     if destination.exists() and (known := step.up_to_date(job, destination, console)) is not None:
-        return BuildResult(destination, time.perf_counter() - started, step.peak_rss(), *known, [], True, plan)
+        return BuildResult(destination, time.perf_counter() - started, peak_rss(), *known, [], True, plan)
     refuse_existing(destination, force=force)
 
     cache = Cache()
@@ -93,7 +94,7 @@ def build(
     size, ideal = step.sizes(folder, artifact, canonical, storage)
     findings = [*artifact.findings, *step.memory_findings(max_rss)]
     seconds = time.perf_counter() - started
-    return BuildResult(destination, seconds, step.peak_rss(), size, ideal, climb.results, findings, False, plan)
+    return BuildResult(destination, seconds, peak_rss(), size, ideal, climb.results, findings, False, plan)
 
 
 def export(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 
 from edgeexport import backends, errors, quant, targets
+from edgeexport.bench import peak_rss
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
 from edgeexport.bundle.cache import Cache, key
@@ -412,17 +412,6 @@ def dump(folder: Path, model: CanonicalModel, storage: QuantPlan, compiled: Path
                 (folder / f"{artifact.component}.lowered.onnx").write_bytes((compiled / name).read_bytes())
     except OSError as problem:
         raise errors.output_not_writable(folder, str(problem)) from problem
-
-
-def peak_rss() -> int:
-    """The most memory this process has held, in bytes: VmHWM, or getrusage where there is no /proc."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def memory_findings(max_rss: int | None) -> list[Finding]:

@@ -109,12 +109,11 @@ def test_sizes_are_those_of_the_arithmetic(tmp_path: Path) -> None:
 def test_int4_blocks_carry_a_scale_each(tmp_path: Path) -> None:
     document = plan.plan(str(checkpoint(tmp_path / "small", SMALL)), "host-ort", "int4-b32")
     expected = 0
-    for name, shape in shapes_of(SMALL).items():
+    for shape in shapes_of(SMALL).values():
         if len(shape) == 1:
             expected += 4 * product(shape)
         else:
-            bits = 8 if name.startswith(("model.embed", "lm_head")) else 4
-            expected += product(shape) * bits // 8 + product(shape) // 32 * 2
+            expected += product(shape) // 2 + product(shape) // 32 * 2
     assert document["bytes"]["artifact"] == expected
 
 
@@ -209,11 +208,12 @@ def test_headers_of_twenty_gigabytes_take_neither_torch_nor_memory(tmp_path: Pat
     folder = checkpoint(tmp_path / "large", NINE_BILLION)
     assert (folder / "model.safetensors").stat().st_size > 18e9
     script = f"""
-import resource, sys
+import sys
+from edgeexport.bench import peak_rss  # not getrusage's: that is never below what the parent held
 from edgeexport.plan import plan
 assert plan({str(folder)!r}, "android-ort")["bytes"]["artifact"] > 4e9
 assert not {{"torch", "transformers", "onnxruntime"}} & set(sys.modules)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+print(peak_rss() >> 20)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -87,15 +87,15 @@ def smollm2_like(tied: bool) -> dict[str, TensorRef]:
 def test_plan_from_names() -> None:
     plan = quant.plan_from_names(smollm2_like(tied=False), "int4-b128", tied=False)
     assert {name: (plan.classes[name], fmt.name) for name, fmt in plan.formats.items()} == {
-        "model.embed_tokens.weight": ("embedding", "int8-b64"),
+        "model.embed_tokens.weight": ("embedding", "int4-b64"),
         "model.layers.0.self_attn.q_proj.weight": ("linear", "int4-b64"),
         "model.layers.0.self_attn.q_proj.bias": ("other", "fp32"),
         "model.layers.0.input_layernorm.weight": ("other", "fp32"),
-        "lm_head.weight": ("lm_head", "int8-b64"),
+        "lm_head.weight": ("lm_head", "int4-b64"),
     }
     shapes = {name: ref.shape for name, ref in smollm2_like(tied=False).items()}
-    # by hand: int8 with 9 scales a row, twice; int4 with 9 scales a row; two vectors of 576 floats
-    assert plan.ideal_bytes(shapes) == 2 * (100 * 576 + 100 * 9 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
+    # by hand: int4 with 9 scales a row, 100 rows twice and 576 rows once; two vectors of 576 floats
+    assert plan.ideal_bytes(shapes) == 2 * (100 * 288 + 100 * 9 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
 
 
 def test_tied_lm_head_is_not_planned_twice() -> None:
