@@ -17,10 +17,10 @@ IMPORT_BYTES = 375 << 20
 1.31 loaded, before any work: getrusage's ru_maxrss on Linux x86-64."""
 STREAM_BYTES = 128 << 20
 """Buffers through which weights stream to the artifact, two threads at work, and the graph without its weights."""
-IMPORT_SECONDS = 5.0
-"""Loading those packages, on 2 cores of the same machine."""
-WEIGHTS_PER_SECOND = 100e6
-"""Weights read, quantised, written and hashed in a second on 2 cores."""
+IMPORT_SECONDS = 8.0
+"""Loading those packages (5 s) and tracing one layer of each kind (3 s), on 2 cores of the same machine."""
+WEIGHTS_PER_SECOND = 200e6
+"""Weights hashed, read, quantised and written in a second on 2 cores: 1.1B parameters took 5.4 s beyond the above."""
 RUNTIME_BYTES = 64 << 20
 """What a process needs besides weights and cache: ONNX Runtime loaded (43 MiB resident, measured as above) and the
 activations of one token."""
@@ -29,7 +29,7 @@ MEMORY_FORMULA = (
     "imports 375 MiB + buffers 128 MiB; up to L3 also 2 layers in float32; with the whole ladder, if that is more, "
     "twice artifact + KV cache (ONNX Runtime packs the weights anew)"
 )
-TIME_FORMULA = "imports 5 s + weights / 100 million per second, without the ladder"
+TIME_FORMULA = "imports and tracing 8 s + weights / 200 million per second, without the ladder"
 
 
 def plan(model: str, target: str, quant: str | None = None, context: int | None = None) -> dict[str, Any]:
