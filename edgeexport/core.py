@@ -203,7 +203,7 @@ class Component:
 @dataclass(frozen=True)
 class CanonicalModel:
     """A component in the canonical dialect. Weights in `graph` are references (`TensorRef` in each tensor's
-    `.ref`); every node's metadata names the stage it came from."""
+    `.ref`); every node's metadata names the stage it came from, but for the Casts of weights, which belong to all."""
 
     component: str
     graph: Any  # onnx_ir.Model; onnx-ir is not imported by core

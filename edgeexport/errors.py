@@ -1083,3 +1083,14 @@ def cannot_link_weights(path: Path, why: str) -> UsageError:
             "choose a folder on the checkpoint's file system with -o, or leave out --reference-weights",
         )
     )
+
+
+def no_stop_token(path: Path) -> Finding:
+    return Finding(
+        "warning",
+        "no-stop-token",
+        "nothing says which token ends an answer",
+        str(path),
+        "generation_config.json, tokenizer_config.json and config.json name no eos token: answers run to their limit",
+        "add eos_token_id to generation_config.json and build again",
+    )

@@ -70,6 +70,7 @@ def build(
     aim = targets.load(target)
     job = step.Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type))
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
+    remarks = step.read_tokenizer(job)
     step.announce(console, plan, destination)
 
     if destination.exists() and (known := step.up_to_date(job, destination, console)) is not None:
@@ -92,7 +93,7 @@ def build(
         step.dump(dump, canonical, storage, folder, artifact)
     cache.prune()
     size, ideal = step.sizes(folder, artifact, canonical, storage)
-    findings = [*artifact.findings, *step.memory_findings(max_rss)]
+    findings = [*remarks, *artifact.findings, *step.memory_findings(max_rss)]
     seconds = time.perf_counter() - started
     return BuildResult(destination, seconds, peak_rss(), size, ideal, climb.results, findings, False, plan)
 

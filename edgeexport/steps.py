@@ -41,6 +41,7 @@ from edgeexport.core import (
 )
 from edgeexport.families.decoder import DecoderFamily
 from edgeexport.quant.source import PlannedWeights
+from edgeexport.session.tokenizer import SpecialTokens, special_tokens
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -69,6 +70,13 @@ class Job:
     def tokenizer_files(self) -> Mapping[str, bytes]:
         """The tokenizer's files; a second's work for a GGUF, so done once."""
         return self.checkpoint.read_tokenizer()
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """Special tokens and stop ids, from the tokenizer's files; config.json stands in for a generation config that
+        is missing, as in transformers."""
+        stand_in = {"eos_token_id": self.checkpoint.config.get("eos_token_id")}
+        return special_tokens({"generation_config.json": json.dumps(stand_in).encode(), **self.tokenizer_files})
 
     @cached_property
     def weights_digest(self) -> str:
@@ -122,6 +130,11 @@ def refuse_plan(plan: Mapping[str, Any], max_rss: int | None, parity: str) -> No
     need = plan["build"][memory]
     if max_rss is not None and need > max_rss:
         raise errors.max_rss_too_small(max_rss, need, parity)
+
+
+def read_tokenizer(job: Job) -> list[Finding]:
+    """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks."""
+    return [] if job.special_tokens.stop_ids else [errors.no_stop_token(job.checkpoint.path)]
 
 
 def announce(console: Console, plan: Mapping[str, Any], destination: Path) -> None:
@@ -273,7 +286,6 @@ def write_bundle(
     from safetensors.numpy import save
 
     from edgeexport.parity.report import Extra, write_html, write_json
-    from edgeexport.session.tokenizer import special_tokens
 
     geometry = job.family.geometry(job.checkpoint.config)
     shapes = {name: weight.shape for name, weight in artifact.weights.items()}
@@ -304,7 +316,6 @@ def write_bundle(
             golden = manifests.Golden("golden/golden.safetensors", manifests.Gates(**climb.golden_gates))
         writer.add_bytes("parity.json", write_json(climb.results, extra))
         writer.add_bytes("parity.html", write_html(climb.results, extra))
-        special = special_tokens(job.tokenizer_files)
         writer.commit(
             manifests.Manifest(
                 edgeexport=_own_version(),
@@ -338,7 +349,7 @@ def write_bundle(
                 ),
                 files=writer.files,
                 golden=golden,
-                text=manifests.TextContract(special.stop_ids, dict(special.names)),
+                text=manifests.TextContract(job.special_tokens.stop_ids, dict(job.special_tokens.names)),
                 tools=tool_versions(),
                 parity={
                     level: worst(row for row in climb.results if row.level == level)  # type: ignore[misc]

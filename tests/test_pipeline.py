@@ -314,6 +314,28 @@ def test_a_shape_that_config_contradicts_is_refused(checkpoints: dict[str, Path]
     assert code_of(lambda: build(str(folder), "host-ort", tmp_path / "out")) == ("shape-mismatch", 3)
 
 
+def test_a_missing_tokenizer_is_said_before_the_weights_are_touched(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "no-tokenizer")
+    (folder / "tokenizer.json").unlink()
+    monkeypatch.setattr(steps, "trace", lambda *_: pytest.fail("the work had begun"))
+    assert code_of(lambda: build(str(folder), "host-ort", tmp_path / "out"))[1] == 3
+
+
+def test_stop_ids_come_from_config_where_nothing_else_names_them(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(checkpoints["llama"], tmp_path / "bare")
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        (folder / name).unlink(missing_ok=True)
+    result = build(str(folder), "host-ort", tmp_path / "one", context=CONTEXT, parity="L1")
+    assert open_bundle(result.bundle).stop_ids == (families.find("llama").tiny["eos_token_id"],)
+    assert result.findings == []
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    result = build(str(folder), "host-ort", tmp_path / "two", context=CONTEXT, parity="L1")
+    assert [finding.code for finding in result.findings] == ["no-stop-token"]
+
+
 def test_a_context_beyond_the_model_is_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     run = lambda: build(str(checkpoints["llama"]), "host-ort", tmp_path, context=100_000)  # noqa: E731
     assert code_of(run) == ("context-too-long", 2)

@@ -36,7 +36,12 @@ def extra() -> Extra:
         "scheme": "int4-b32",
         "limits": ["Only texts in English."],
         "drift": [
-            {"layer": f"layer {i}", "max_abs": 1e-6 * 1.2**i * rng.uniform(0.7, 1.4), "rms": 1 + i / 3}
+            {
+                "layer": f"layer {i}",
+                "max_abs": 1e-6 * 1.2**i * rng.uniform(0.7, 1.4),
+                "rms_error": 1e-7 * 1.2**i,
+                "rms": 1 + i / 3,
+            }
             for i in range(30)
         ],
         "weights": [
@@ -134,7 +139,9 @@ def test_html_without_anything() -> None:
 
 
 def test_drift_marks_stand_where_the_numbers_say() -> None:
-    drift: list[dict[str, Any]] = [{"layer": str(i), "max_abs": 10.0 ** (i - 5), "rms": 10.0} for i in range(4)]
+    drift: list[dict[str, Any]] = [
+        {"layer": str(i), "max_abs": 10.0 ** (i - 5), "rms_error": 10.0 ** (i - 5), "rms": 10.0} for i in range(4)
+    ]
     chart = drift_chart(drift)
     assert chart is not None
     absolute, relative = chart.series
@@ -149,7 +156,12 @@ def test_drift_marks_stand_where_the_numbers_say() -> None:
 
 
 def test_what_cannot_be_drawn_is_said() -> None:
-    chart = drift_chart([{"layer": "a", "max_abs": 0.0, "rms": 1.0}, {"layer": "b", "max_abs": math.nan, "rms": 1.0}])
+    chart = drift_chart(
+        [
+            {"layer": "a", "max_abs": 0.0, "rms_error": 0.0, "rms": 1.0},
+            {"layer": "b", "max_abs": math.nan, "rms_error": math.nan, "rms": 1.0},
+        ]
+    )
     assert chart is not None and not chart.series
     assert chart.note == "no difference at all: a; not a finite number: b"
     assert drift_chart([]) is None and snr_chart([]) is None

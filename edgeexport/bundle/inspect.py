@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -41,8 +42,8 @@ def _component(bundle: Bundle, component: Component) -> dict[str, Any]:
         "bytes": sum(files[name].size for name in component.files),
         "signatures": {
             signature.name: {
-                "inputs": [_tensor(tensor) for tensor in signature.inputs],
-                "outputs": [_tensor(tensor) for tensor in signature.outputs],
+                "inputs": _tensors(signature.inputs, {past for past, _ in component.state}),
+                "outputs": _tensors(signature.outputs, {present for _, present in component.state}),
             }
             for signature in component.signatures
         },
@@ -61,6 +62,16 @@ def _cache(component: Component) -> dict[str, Any] | None:
         "bytes_per_token": per_token,
         "bytes_full": per_token * component.kv.context,
     }
+
+
+def _tensors(tensors: Sequence[Tensor], state: set[str]) -> list[str]:
+    """A line each; the caches, alike in all layers, share one."""
+    lines = [_tensor(tensor) for tensor in tensors if tensor.name not in state]
+    caches = [tensor for tensor in tensors if tensor.name in state]
+    kinds = sorted({_tensor(tensor).partition(": ")[2] for tensor in caches})
+    return (
+        [*lines, f"{len(caches)} caches {caches[0].name} .. {caches[-1].name}: {', '.join(kinds)}"] if caches else lines
+    )
 
 
 def _tensor(tensor: Tensor) -> str:

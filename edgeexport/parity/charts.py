@@ -59,23 +59,23 @@ class Chart:
 def drift_chart(drift: Sequence[Mapping[str, Any]]) -> Chart | None:
     """Error per layer on a log scale, or None where there is nothing to draw.
 
-    Rows of `layer`, `max_abs` (largest difference of the hidden state) and `rms` (root mean square of the reference's
-    hidden state); the relative error is max_abs / rms. Zeros and non-finite numbers have no place on a log scale and
-    are named in the note.
+    Rows of `layer`, `max_abs` (largest difference of the hidden state), `rms_error` and `rms` (root mean square of the
+    difference and of the reference's hidden state); the relative error is rms_error / rms. Zeros and non-finite numbers
+    have no place on a log scale and are named in the note.
     """
-    lines: dict[str, list[tuple[int, float]]] = {"max abs error": [], "relative to the state's RMS": []}
+    lines: dict[str, list[tuple[int, float]]] = {"max abs error": [], "RMS of the error over the state's": []}
     exact: list[str] = []
     broken: list[str] = []
     for index, row in enumerate(drift):
-        error, scale = float(row["max_abs"]), float(row["rms"])
-        if not (math.isfinite(error) and math.isfinite(scale)):
+        error, spread, scale = (float(row[name]) for name in ("max_abs", "rms_error", "rms"))
+        if not (math.isfinite(error) and math.isfinite(spread) and math.isfinite(scale)):
             broken.append(str(row["layer"]))
         elif error == 0:
             exact.append(str(row["layer"]))
         else:
             lines["max abs error"].append((index, error))
             if scale > 0:
-                lines["relative to the state's RMS"].append((index, error / scale))
+                lines["RMS of the error over the state's"].append((index, spread / scale))
     values = [value for points in lines.values() for _, value in points]
     note = "; ".join(
         [f"no difference at all: {', '.join(exact)}"] * bool(exact)

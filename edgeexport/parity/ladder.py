@@ -336,7 +336,12 @@ def _golden_rows(evidence: _Evidence, logits: Array) -> Array:
 
 def _drift(oracle: Mapping[str, Array], graph: Mapping[str, Array]) -> list[dict[str, Any]]:
     return [
-        {"layer": name, "max_abs": max_abs(states, graph[name]), "rms": rms(states)}
+        {
+            "layer": name,
+            "max_abs": max_abs(states, graph[name]),
+            "rms_error": rms(states - graph[name]),
+            "rms": rms(states),
+        }
         for name, states in oracle.items()
         if name in graph
     ]

@@ -38,7 +38,7 @@ class Extra(TypedDict, total=False):
     scheme: str
     limits: Sequence[str]
     drift: Sequence[Mapping[str, Any]]
-    """Per layer, in order: `layer`, `max_abs`, `rms` (see charts.drift_chart)."""
+    """Per layer, in order: `layer`, `max_abs`, `rms_error`, `rms` (see charts.drift_chart)."""
     weights: Sequence[Mapping[str, Any]]
     """Per stored tensor: `tensor`, `class`, `format`, `snr_db`, `zero_share` (see charts.snr_chart)."""
     sizes: Mapping[str, float | int]

@@ -174,4 +174,5 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "max_rss_exceeded": {"limit": 900 << 20, "peak": 1024 << 20},
     "bundle_of_another_model": {"folder": Path("dist/m-host-ort"), "recorded": "a" * 64, "found": "b" * 64},
     "cannot_link_weights": {"path": Path("m.gguf"), "why": "blk.0.attn_q is stored as Q4_1, which ONNX cannot read"},
+    "no_stop_token": {"path": Path("models/tiny")},
 }
