@@ -60,7 +60,9 @@ Targets = Annotated[list[str], typer.Option("--target", "-t", help="A target's n
 Quant = Annotated[str | None, typer.Option(help="Quantisation scheme; the target's own by default.")]
 Context = Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache; the target's own by default.")]
 ParityLevel = Annotated[Level, typer.Option("--parity", help="How far to climb the parity ladder.")]
-MaxRss = Annotated[str | None, typer.Option(metavar="SIZE", help="Refuse a build whose estimated memory is above this, like 1.5G.")]
+MaxRss = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="Refuse a build whose estimated memory is above this, like 1.5G.")
+]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
 
 
