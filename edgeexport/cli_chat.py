@@ -1,8 +1,11 @@
-"""`edgeexport run`: one answer, or a chat at the terminal."""
+"""`edgeexport run`: one answer, or a chat at the terminal, about pictures and sounds where the model takes them."""
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +18,7 @@ from edgeexport.units import format_number, format_seconds
 
 if TYPE_CHECKING:
     from edgeexport.bundle import Bundle
+    from edgeexport.session.inputs import Features
     from edgeexport.session.session import Session
 
 
@@ -28,6 +32,18 @@ class Settings:
     temperature: float
     seed: int
     threads: int | None
+    frequency_penalty: float = 0.0
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the first turn comes with, and what becomes of its answer. `action` reads it as an action on the first
+    picture, which `draw` then marks."""
+
+    images: tuple[Path, ...] = ()
+    sounds: tuple[Path, ...] = ()
+    action: bool = False
+    draw: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -50,23 +66,54 @@ class Answer:
         return (len(self.tokens) - 1) / self.decode_seconds if len(self.tokens) > 1 and self.decode_seconds else None
 
 
-def run(console: Console, path: Path, prompt: str | None, settings: Settings) -> None:
-    """Answer the prompt once, or chat until the input ends.
+def run(console: Console, path: Path, prompt: str | None, settings: Settings, shown: Shown = Shown()) -> None:
+    """Answer the prompt once, or chat until the input ends; pictures and sounds go to the first turn.
 
-    Raises: UsageError `json-needs-prompt`, and what opening a bundle and its session raise.
+    Raises: UsageError `json-needs-prompt`, `action-needs-picture`, and what opening a bundle, its session, a picture
+    and a sound raise.
     """
-    if prompt is None and console.as_json:
+    if prompt is None and (console.as_json or shown.action):
         raise errors.json_needs_prompt()
+    if (shown.action and not shown.images) or (shown.draw is not None and not shown.action):
+        raise errors.action_needs_picture()
     bundle = open_bundle(path)
     with bundle.session(threads=settings.threads) as session:
         conversation = Conversation(bundle, session, settings)
+        with console.step("Looking and listening") if shown.images or shown.sounds else nullcontext():
+            features = [session.encode_image(image) for image in shown.images]
+            features += [session.encode_audio(sound) for sound in shown.sounds]
         if prompt is None:
-            _chat(console, conversation)
+            _chat(console, conversation, features)
             return
-        answer = conversation.answer(prompt, console, interruptible=False)
-        console.result("")
-        console.json(_document(bundle, answer))
+        answer = conversation.answer(prompt, console, features, interruptible=False, silent=shown.action)
+        if shown.action:
+            _act(console, bundle, answer, shown)
+        else:
+            console.result("")
+            console.json(_document(bundle, answer))
         console.say(_speed(answer))
+
+
+def _act(console: Console, bundle: Bundle, answer: Answer, shown: Shown) -> None:
+    """Print the answer's action as JSON with the pixels of the first picture, and draw it where that was asked."""
+    from edgeexport.session.actions import parse_action, split_answer, to_json
+    from edgeexport.session.draw import draw
+    from edgeexport.session.image_file import read_image
+
+    picture = read_image(shown.images[0])
+    thought = split_answer(answer.text)
+    action = parse_action(thought.answer)
+    if shown.draw is not None:
+        draw(picture.array, action, shown.draw)
+    document = {
+        "think": thought.think,
+        "complete": thought.complete,
+        "action": to_json(action, (picture.width, picture.height)),
+    }
+    if console.as_json:
+        console.json({**_document(bundle, answer), **document})
+    else:
+        console.result(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 class Conversation:
@@ -80,12 +127,24 @@ class Conversation:
         self._stop_ids = bundle.stop_ids
         self._messages = [{"role": "system", "content": settings.system}] if settings.system else []
         self._cached: list[int] = []
+        self._features: list[Features] = []
 
-    def answer(self, text: str, console: Console, *, interruptible: bool) -> Answer:
-        """Answer one turn, streaming to the console. With `interruptible`, Ctrl-C ends the answer and keeps it."""
-        prompt = self._prompt(text)
+    def answer(
+        self,
+        text: str,
+        console: Console,
+        features: Sequence[Features] = (),
+        *,
+        interruptible: bool,
+        silent: bool = False,
+    ) -> Answer:
+        """Answer one turn, streaming to the console unless `silent`. With `interruptible`, Ctrl-C ends the answer and
+        keeps it. `features` are of the pictures and sounds that come with the turn."""
+        self._features += features
+        prompt = self._prompt(text, features)
         # at least one token is fed again: the logits of the last one are needed
         shared = max(min(_common(prompt, self._cached), len(prompt) - 1), 0)
+        shared, waiting = self._unseen(prompt, shared, fresh=bool(features))
         self.session.truncate(shared)
         stream = self._tokenizer.stream()
         tokens: list[int] = []
@@ -94,9 +153,14 @@ class Conversation:
         generation = generate(
             self.session,
             prompt[shared:],
+            features=waiting,
             max_tokens=self.settings.max_tokens,
             stop_ids=self._stop_ids,
-            sampling=Sampling(temperature=self.settings.temperature, seed=self.settings.seed),
+            sampling=Sampling(
+                temperature=self.settings.temperature,
+                frequency_penalty=self.settings.frequency_penalty,
+                seed=self.settings.seed,
+            ),
         )
         interrupted = False
         try:
@@ -105,28 +169,57 @@ class Conversation:
                     first = time.perf_counter()
                 tokens.append(token)
                 pieces.append(stream.push(token))
-                console.stream(pieces[-1])
+                if not silent:
+                    console.stream(pieces[-1])
         except KeyboardInterrupt:
             if not interruptible:
                 raise
             interrupted = True
         end = time.perf_counter()
         pieces.append(stream.flush())
-        console.stream(pieces[-1])
+        if not silent:
+            console.stream(pieces[-1])
         self._cached = [*prompt, *tokens][: self.session.position]
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
         reason = "interrupted" if interrupted else str(generation.finish_reason)
         return Answer(prompt, tokens, "".join(pieces), reason, (first if tokens else end) - start, end - first)
 
-    def _prompt(self, text: str) -> list[int]:
+    def _prompt(self, text: str, features: Sequence[Features]) -> list[int]:
+        """The whole conversation's tokens, each picture's placeholder repeated once per feature."""
+        inputs = self.session.inputs
+        pictures = sum(each.component == "vision" for each in features)
+        spliced = inputs is not None and inputs.contract.joining == "splice"
         if self._template is None:
-            return self._tokenizer.encode(text)
-        self._messages.append({"role": "user", "content": text})
-        rendered = self._template.render(self._messages, add_generation_prompt=True)
-        return self._tokenizer.encode(rendered, add_special_tokens=False)
+            tokens = self._tokenizer.encode(text)
+            if inputs is not None and spliced:
+                tokens = [*inputs.contract.image_ids * pictures, *tokens]
+        else:
+            content: Any = text
+            if spliced and pictures:
+                content = [*[{"type": "image"}] * pictures, {"type": "text", "text": text}]
+            self._messages.append({"role": "user", "content": content})
+            rendered = self._template.render(self._messages, add_generation_prompt=True)
+            tokens = self._tokenizer.encode(rendered, add_special_tokens=False)
+        return inputs.expand(tokens, self._features) if inputs is not None else tokens
+
+    def _unseen(self, prompt: list[int], shared: int, *, fresh: bool) -> tuple[int, list[Features]]:
+        """(how many tokens of the cache can be kept, the features of pictures and sounds behind them): a picture is
+        kept whole or not at all."""
+        inputs = self.session.inputs
+        if inputs is None or inputs.contract.joining != "splice":
+            return shared, self._features if fresh or not shared else []
+        token = inputs.contract.image_token_id
+        places = [i for i, each in enumerate(prompt) if each == token]
+        seen = 0
+        for k, picture in enumerate(self._features):
+            first, last = places[seen], places[seen + len(picture.values) - 1]
+            if last >= shared:
+                return min(shared, first), self._features[k:]
+            seen += len(picture.values)
+        return shared, []
 
 
-def _chat(console: Console, conversation: Conversation) -> None:
+def _chat(console: Console, conversation: Conversation, features: Sequence[Features]) -> None:
     console.say("Ctrl-C ends an answer, Ctrl-D the chat.")
     while True:
         try:
@@ -138,7 +231,8 @@ def _chat(console: Console, conversation: Conversation) -> None:
             return
         if not text.strip():
             continue
-        answer = conversation.answer(text, console, interruptible=True)
+        answer = conversation.answer(text, console, features, interruptible=True)
+        features = ()
         console.result("")
         if answer.finish_reason == "context":
             console.say("The context is full: start anew, or build with a larger --context.")

@@ -6,7 +6,7 @@ understood by reading what it takes and what it gives here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -143,6 +143,8 @@ class Checkpoint:
     generation: Mapping[str, Any]
     tensors: Mapping[str, TensorRef]
     files: tuple[Path, ...]
+    processor: Mapping[str, Any]
+    """preprocessor_config.json, empty where there is none."""
     read_tokenizer: Callable[[], Mapping[str, bytes]]
     header_digest: str
 
@@ -198,6 +200,7 @@ class Component:
     stages: Callable[[], list[Stage]]
     values: Mapping[str, TensorSpec] = field(default_factory=dict)
     constants: Callable[[], Mapping[str, Array]] = dict
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ class CanonicalModel:
     """Initializer name to the checkpoint tensor it stands for. Tied weights are one initializer."""
     stages: tuple[str, ...]
     digest: str
+    variant: str = ""
 
 
 @dataclass(frozen=True)
@@ -236,7 +240,9 @@ class Format:
         return rows * (-(-width * self.bits // 8)) + 2 * scales
 
 
-TensorClass = Literal["linear", "embedding", "lm_head", "other"]
+TensorClass = Literal["linear", "encoder", "embedding", "lm_head", "other"]
+"""What a weight is for: a multiplication of the decoder, one of another component (vision, audio), a looked-up table,
+the last multiplication, or none of these (norms, biases, convolutions)."""
 
 
 @dataclass(frozen=True)
@@ -266,11 +272,13 @@ class StoredWeight:
 
 @dataclass(frozen=True)
 class Signature:
-    """One callable of an artifact: exact input and output names, dtypes and shapes."""
+    """One callable of an artifact: the file that holds it, exact input and output names, dtypes and shapes. Its name
+    is the component's variant, or "step" where there is only one."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    file: str = ""
 
 
 @dataclass(frozen=True)
@@ -298,6 +306,45 @@ class ParityResult:
     gate: Mapping[str, float | int]
     verdict: Verdict
     note: str = ""
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """A picture or a sound as its encoder takes it: the component, which variant of it, and its inputs by name.
+
+    `grid` is the (rows, columns) of a picture's features where M-RoPE counts them.
+    """
+
+    component: str
+    variant: str
+    inputs: Mapping[str, Array]
+    grid: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One input of a whole model: token ids int64 [T], placeholders repeated, and its pictures and sounds in order."""
+
+    tokens: Array
+    encoder_inputs: tuple[EncoderInput, ...] = ()
+
+
+@dataclass(frozen=True)
+class OracleModel:
+    """The unmodified torch model that parity is measured against, on the meta device: shapes without storage, but for
+    buffers that are no weights, which are real.
+
+    `logits` runs it on examples and gives float32 [V] rows from a token on, for each example; `layers` are the
+    decoder's; `encoders` gives, for each component without state, the torch module that it stands for and what of that
+    module's output is the component's, call by call. `read_by` names, for a module
+    whose weights another one reads without calling it, that other one.
+    """
+
+    model: Any
+    layers: tuple[Any, ...]
+    logits: Callable[[Sequence[Example], int], list[Array]]
+    encoders: Mapping[str, tuple[Any, Callable[[Any], Iterable[Any]]]] = field(default_factory=dict)
+    read_by: Mapping[Any, Any] = field(default_factory=dict)
 
 
 class WeightSource(Protocol):

@@ -564,6 +564,205 @@ def nonfinite_logits(position: int) -> BundleError:
     )
 
 
+# pictures and sound
+
+
+def media_unreadable(path: Path, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "media-unreadable",
+            f"{path.name} cannot be read",
+            path,
+            problem,
+            "check the path and its permissions",
+        )
+    )
+
+
+def media_too_large(where: str, limit: int) -> UsageError:
+    return UsageError(
+        _error(
+            "media-too-large",
+            "the file is too large for a picture or a sound",
+            where,
+            f"it has more than {limit} bytes",
+            "pass a smaller picture, or a shorter part of the sound",
+        )
+    )
+
+
+def not_an_image(where: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "not-an-image",
+            "this is not a picture",
+            where,
+            problem,
+            "pass a PNG, JPEG, WebP, BMP or GIF file, or uint8 [height, width, 3] pixels in RGB",
+        )
+    )
+
+
+def damaged_image(where: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "damaged-image",
+            "the picture cannot be decoded",
+            where,
+            problem,
+            "make or download the file again; if other programs show it, save it anew from one of them",
+        )
+    )
+
+
+def image_too_large(where: str, problem: str, limit: int) -> UsageError:
+    return UsageError(
+        _error(
+            "image-too-large",
+            f"the picture has more than {limit // 1_000_000} million pixels",
+            where,
+            problem,
+            "scale the picture down; the model sees a few million pixels at most",
+        )
+    )
+
+
+def image_too_narrow(height: int, width: int, limit: int) -> UsageError:
+    return UsageError(
+        _error(
+            "image-too-narrow",
+            "the picture is too long and narrow for the model",
+            f"height {height}, width {width}",
+            f"the longer side may have at most {limit} times the pixels of the shorter",
+            "cut the picture into parts",
+        )
+    )
+
+
+def grid_not_built(grid: tuple[int, int], known: Iterable[tuple[int, int]]) -> UsageError:
+    built = ", ".join(f"{rows}x{columns}" for rows, columns in known) or "none"
+    return UsageError(
+        _error(
+            "grid-not-built",
+            f"the bundle has no vision component for {grid[0]}x{grid[1]} patches",
+            "preprocess.json: image.grids",
+            f"built: {built}",
+            "use a grid that was built, or build with this one in the target's [shapes.vision]",
+        )
+    )
+
+
+def bad_preprocessor(key: str, value: object, why: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-preprocessor",
+            f"preprocessor_config.json has an unusable {key}: {value!r:.200}",
+            f"preprocessor_config.json: {key}",
+            why,
+            "correct preprocessor_config.json, or download the checkpoint again",
+        )
+    )
+
+
+def not_a_wav(where: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "not-a-wav",
+            "this is not a WAV file with plain samples",
+            where,
+            problem,
+            "convert it: ffmpeg -i FILE -ac 1 -ar 16000 -c:a pcm_s16le out.wav",
+        )
+    )
+
+
+def damaged_wav(where: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "damaged-wav",
+            "the WAV file contradicts itself",
+            where,
+            problem,
+            "write it again to a file, not through a pipe: ffmpeg -i FILE -c:a pcm_s16le out.wav",
+        )
+    )
+
+
+def bad_sound(where: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-sound",
+            "the samples are not a sound",
+            where,
+            problem,
+            "pass finite samples of one channel, where -1 to 1 is full scale",
+        )
+    )
+
+
+def sound_too_long(where: str, seconds: float, limit: float) -> UsageError:
+    return UsageError(
+        _error(
+            "sound-too-long",
+            f"the sound lasts {seconds:.0f} seconds",
+            where,
+            f"at most {limit:g} seconds are read",
+            f"cut it: ffmpeg -i FILE -t {limit:g} out.wav",
+        )
+    )
+
+
+def bad_sample_rate(where: str, rate: int, low: int, high: int) -> UsageError:
+    return UsageError(
+        _error(
+            "bad-sample-rate",
+            f"a sample rate of {rate} Hz cannot be used",
+            where,
+            f"rates from {low} to {high} Hz are resampled",
+            "record or convert the sound at 16000 Hz: ffmpeg -i FILE -ar 16000 out.wav",
+        )
+    )
+
+
+# actions
+
+
+def no_pixels(problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "no-pixels",
+            "the action has no place on the picture",
+            "the action's coordinates",
+            problem,
+            "pass the width and height of the picture that the model saw, and an action from parse_action",
+        )
+    )
+
+
+def unknown_picture_suffix(path: Path, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-picture-suffix",
+            f"a picture cannot be written as {path.suffix or 'a file without a suffix'}",
+            path,
+            suggest(path.suffix, known),
+            "give the picture a name that ends in one of these",
+        )
+    )
+
+
+def picture_not_written(path: Path, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "picture-not-written",
+            f"{path.name} cannot be written",
+            path,
+            problem,
+            "free some space, or choose a folder you may write to; png takes pictures of every size",
+        )
+    )
+
+
 # bundle
 
 
@@ -659,6 +858,78 @@ def bundle_no_component(folder: Path, name: str, known: Iterable[str]) -> Bundle
             folder,
             suggest(name, known),
             "use a bundle that was built from a language model",
+        )
+    )
+
+
+def bundle_no_variant(component: str, variant: str, known: Iterable[str]) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-no-variant",
+            f"{component} was not built for {variant or 'one fixed shape'}",
+            component,
+            f"it was built for {', '.join(sorted(known)) or 'none'}",
+            "add the picture's size to screens under [shapes.vision] of the target, and build again",
+        )
+    )
+
+
+def bundle_bad_preprocess(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-bad-preprocess",
+            "preprocess.json cannot be used",
+            str(where),
+            problem,
+            "build the bundle again, or fetch it again from where it was built",
+        )
+    )
+
+
+def modality_missing(what: str, component: str) -> UsageError:
+    return UsageError(
+        _error(
+            "modality-missing",
+            f"this model takes no {what}",
+            component,
+            f"the bundle has no component {component}",
+            "leave it out, or use a bundle of a model that takes it: `edgeexport inspect` lists the components",
+        )
+    )
+
+
+def image_tokens_mismatch(places: int, wanted: int) -> UsageError:
+    return UsageError(
+        _error(
+            "image-tokens-mismatch",
+            f"the prompt has {places} places for pictures' features, and {wanted} are to be put there",
+            "prompt",
+            "each picture has its placeholder once in the text, which is then repeated once per feature",
+            "name as many pictures as the prompt has placeholders, and expand the tokens with `session.inputs.expand`",
+        )
+    )
+
+
+def action_needs_picture() -> UsageError:
+    return UsageError(
+        _error(
+            "action-needs-picture",
+            "an action is one on a picture",
+            "--action",
+            "--action needs an --image, whose pixels it is told in, and --draw needs --action",
+            "add --image shot.png, or leave out --action and --draw",
+        )
+    )
+
+
+def shapes_missing(section: str, example: str) -> UsageError:
+    return UsageError(
+        _error(
+            "shapes-missing",
+            f"the target does not say for which pictures to build: it has no [shapes.{section}]",
+            f"shapes.{section}",
+            "the vision component is built for fixed grids of patches",
+            f"add [shapes.{section}] with {example} to the target's file",
         )
     )
 
@@ -905,6 +1176,19 @@ def internal_error(kind: str, message: str) -> EdgeExportError:
             f"{kind}: {message}" if message else kind,
             "run the command again with -vv and report the traceback to the maintainers, with the output of "
             "`edgeexport doctor`",
+        )
+    )
+
+
+def worker_died(code: int) -> ToolError:
+    ended = f"signal {-code} ended it" if code < 0 else f"it ended with code {code}"
+    return ToolError(
+        _error(
+            "worker-died",
+            "a process that worked on the weights ended before its work was done",
+            "edgeexport.workers",
+            f"{ended}; signal 9 is how the system ends processes when memory is short",
+            "free memory, or give the container more, and run the command again; what is finished is kept in the cache",
         )
     )
 

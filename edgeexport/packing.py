@@ -24,13 +24,13 @@ def pack_int4(values: Int8, zero_point: int = 8) -> UInt8:
 
 def unpack_int4(packed: UInt8, zero_point: int = 8) -> Int8:
     """The inverse of `pack_int4`: uint8 [R, K / 2] to int8 [R, K]."""
-    nibbles = np.empty((*packed.shape[:-1], packed.shape[-1] * 2), np.uint8)
-    np.bitwise_and(packed, np.uint8(15), out=nibbles[..., 0::2])
-    np.right_shift(packed, 4, out=nibbles[..., 1::2])
-    if zero_point == 8:
-        return np.subtract(nibbles, np.uint8(8)).view(np.int8)
-    # two's complement: bit 3 is the sign
-    return np.subtract(np.bitwise_xor(nibbles, np.uint8(8)), np.uint8(8)).view(np.int8)
+    pairs = packed.astype("<u2")
+    np.bitwise_or(pairs, np.left_shift(pairs, 4), out=pairs)  # the high nibble is the second byte's low one
+    nibbles = pairs.view(np.uint8)
+    np.bitwise_and(nibbles, np.uint8(15), out=nibbles)
+    if zero_point != 8:  # two's complement: bit 3 is the sign
+        np.bitwise_xor(nibbles, np.uint8(8), out=nibbles)
+    return np.subtract(nibbles, np.uint8(8), out=nibbles).view(np.int8)
 
 
 def pack_int8(values: Int8) -> UInt8:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgeexport import errors, families, quant, targets
+from edgeexport import errors, families, quant, shipping, targets
 from edgeexport import steps as step
 from edgeexport.bench import peak_rss
 from edgeexport.bundle.cache import Cache
@@ -16,6 +16,7 @@ from edgeexport.bundle.writer import refuse_existing
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.console import Console
 from edgeexport.core import Finding, ParityResult, Verdict
+from edgeexport.job import Job
 from edgeexport.plan import context_for
 from edgeexport.plan import plan as plan_of
 
@@ -68,34 +69,40 @@ def build(
     step.refuse_plan(plan, max_rss, parity)
     checkpoint = open_checkpoint(model)
     aim = targets.load(target)
-    job = step.Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type))
+    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type))
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
     remarks = step.read_tokenizer(job)
     step.announce(console, plan, destination)
 
-    if destination.exists() and (known := step.up_to_date(job, destination, console)) is not None:
+    if destination.exists() and (known := shipping.up_to_date(job, destination)) is not None:
         return BuildResult(destination, time.perf_counter() - started, peak_rss(), *known, [], True, plan)
     refuse_existing(destination, force=force)
 
     cache = Cache()
     with WeightReader() as reader:
-        canonical = step.trace(job, cache, console)
-        storage = step.plan_weights(job, canonical)
-        step.check(job, canonical, storage)
-        folder, artifact = step.compile(job, canonical, storage, reader, cache, console)
-        climb = step.climb(job, canonical, storage, folder, artifact, reader, console)
-    if climb.failed:
-        console.parity(climb.results)
-        raise errors.ParityError(*(errors.parity_failed(row) for row in climb.results if row.verdict is Verdict.FAIL))
+        traced = step.trace(job, cache, console)
+        step.check(job, traced)
+        parts = step.compile(job, traced, reader, cache, console)
+        shown = step.shown(job)
+        climb = step.climb(job, parts, shown, reader, console)
+    refuse_failed(climb.results, console)
     with console.step("Writing the bundle"):
-        step.write_bundle(job, storage, folder, artifact, climb, destination, force=force)
+        shipping.write_bundle(job, parts, climb, shown, destination, force=force)
     if dump is not None:
-        step.dump(dump, canonical, storage, folder, artifact)
+        shipping.dump(dump, parts)
     cache.prune()
-    size, ideal = step.sizes(folder, artifact, canonical, storage)
-    findings = [*remarks, *artifact.findings, *step.memory_findings(max_rss)]
+    findings = [*remarks, *(finding for part in parts for finding in part.files[1].findings)]
+    findings += step.memory_findings(max_rss)
     seconds = time.perf_counter() - started
-    return BuildResult(destination, seconds, peak_rss(), size, ideal, climb.results, findings, False, plan)
+    return BuildResult(destination, seconds, peak_rss(), *shipping.sizes(parts), climb.results, findings, False, plan)
+
+
+def refuse_failed(results: list[ParityResult], console: Console) -> None:
+    """Raises: ParityError with every row that failed."""
+    failed = [row for row in results if row.verdict is Verdict.FAIL]
+    if failed:
+        console.parity(results)
+        raise errors.ParityError(*(errors.parity_failed(row) for row in failed))
 
 
 def export(
@@ -112,12 +119,13 @@ def export(
     family = families.find(checkpoint.model_type)
     aim = targets.load("host-ort")
     slots = context_for(context, aim, family.geometry(checkpoint.config))
-    job = step.Job(checkpoint, aim, quant.find("fp32").name, slots, "L1", family)
-    canonical = step.trace(job, Cache(), console)
+    job = Job(checkpoint, aim, quant.find("fp32").name, slots, "L1", family)
+    models = [model for part in step.trace(job, Cache(), console) for model in part.models]
     with WeightReader() as reader:
-        path = step.write_canonical(canonical, Path(out), reader, console, reference_weights=reference_weights)
-    size = sum(file.stat().st_size for file in Path(out).iterdir() if file.name.startswith(path.name))
-    return ExportResult(path, len(canonical.graph.graph), len(canonical.weights), size)
+        paths = step.write_canonical(models, Path(out), reader, console, reference_weights=reference_weights)
+    size = sum(file.stat().st_size for path in paths for file in Path(out).glob(f"{path.name}*"))
+    nodes = sum(len(model.graph.graph) for model in models)
+    return ExportResult(paths[-1], nodes, sum(len(model.weights) for model in models), size)
 
 
 def parity(
@@ -128,14 +136,11 @@ def parity(
     Raises: BundleError when the bundle was made from another checkpoint; ParityError when a level fails.
     """
     console = console or Console(quiet=True)
-    job, artifact = step.job_of_bundle(bundle, model, level)
+    job = shipping.job_of_bundle(bundle, model, level)
     plan = plan_of(model, job.target.name, job.scheme, job.context)
     step.refuse_plan(plan, max_rss, level)
     with WeightReader() as reader:
-        canonical = step.trace(job, Cache(), console)
-        storage = step.plan_weights(job, canonical)
-        climb = step.climb(job, canonical, storage, bundle, artifact, reader, console)
-    if climb.failed:
-        console.parity(climb.results)
-        raise errors.ParityError(*(errors.parity_failed(row) for row in climb.results if row.verdict is Verdict.FAIL))
+        parts = shipping.artifacts_of_bundle(bundle, step.trace(job, Cache(), console))
+        climb = step.climb(job, parts, step.shown(job), reader, console)
+    refuse_failed(climb.results, console)
     return climb.results

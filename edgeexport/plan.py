@@ -56,14 +56,18 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
 
     geometry = family.geometry(opened.config)
     unused = family.unused(opened)
-    tensors = {name: ref for name, ref in opened.tensors.items() if name not in unused}
-    quantised = schemes.plan_from_names(tensors, scheme.name, geometry.tied)
+    shapes = {
+        name: (ref.shape[0], _elements(ref.shape[1:])) if name.endswith(family.kernels) else ref.shape
+        for name, ref in opened.tensors.items()
+        if name not in unused
+    }
+    quantised = schemes.plan_from_names(shapes, scheme.name, geometry.tied)
     slots = problems.attempt(lambda: context_for(context, aim, geometry)) or geometry.max_context
-    parts = problems.attempt(lambda: family.components(opened, slots)) or []
+    parts = problems.attempt(lambda: family.components(opened, slots, aim.shapes)) or []
     if refused := refused_ops(aim.backend, family.model_type, family.ops):
         problems.errors.append(errors.LoweringError(*refused))
-    shapes = {name: ref.shape for name, ref in tensors.items()}
-    sizes = sizes_of(quantised, shapes, geometry, slots, BITS[aim.precision] // 8)
+    apart = any(part.name == "embed" for part in parts)
+    sizes = sizes_of(quantised, shapes, geometry, slots, BITS[aim.precision] // 8, embed_apart=apart)
     limit = aim.limits.get("max_file_bytes")
     if limit is not None and sizes["artifact"] > limit:
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
@@ -75,7 +79,7 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         "target": {"name": aim.name, "title": aim.title, "backend": aim.backend, "artifact": aim.artifact},
         "scheme": quantised.scheme,
         "context": slots,
-        "components": [part.name for part in parts],
+        "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
         "build": build_cost(shapes, geometry, sizes),
         "devices": devices,
@@ -114,17 +118,29 @@ def refused_ops(backend: str, model_type: str, ops: frozenset[str]) -> list[Find
 
 
 def sizes_of(
-    quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, context: int, element: int
+    quantised: QuantPlan,
+    shapes: Mapping[str, tuple[int, ...]],
+    geometry: Geometry,
+    context: int,
+    element: int,
+    *,
+    embed_apart: bool = False,
 ) -> dict[str, int]:
-    """Bytes of the artifact, of the cache, and of what one token reads; `element` is the bytes of a cache element.
+    """Bytes of the artifacts, of the cache, and of what one token reads; `element` is the bytes of a cache element.
 
-    A token reads every weight but the embedding, of which it reads one row; a tied embedding is the lm_head too.
+    A token reads every weight of the decoder but the embedding, of which it reads one row; a tied embedding is the
+    lm_head too, and stored once more where the embedding is a component of its own.
     """
     artifact = quantised.ideal_bytes(shapes)
-    looked_up = 0
-    if not geometry.tied:
-        embeddings = [name for name, kind in quantised.classes.items() if kind == "embedding"]
-        looked_up = sum(quantised.formats[name].nbytes(shapes[name]) for name in embeddings)
+    of_class = {
+        kind: sum(
+            fmt.nbytes(shapes[name]) for name, fmt in quantised.formats.items() if quantised.classes[name] == kind
+        )
+        for kind in ("embedding", "encoder")
+    }
+    looked_up = of_class["encoder"] + (of_class["embedding"] if embed_apart or not geometry.tied else 0)
+    if embed_apart and geometry.tied:
+        artifact += of_class["embedding"]
     per_token = geometry.kv_bytes_per_token(element)
     return {
         "artifact": artifact,

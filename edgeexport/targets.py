@@ -27,8 +27,6 @@ GATES: Mapping[str, tuple[str, ...]] = {
 }
 """The gates of each level that a target may override, with a `why`."""
 
-SHAPES: tuple[str, ...] = ()
-"""No backend specialises shapes yet; the first that does adds its keys here."""
 
 Check = Callable[[Any], str | None]
 """Says what is wrong with a value, or None."""
@@ -121,6 +119,17 @@ def _number(low: float, high: float) -> Check:
     return check
 
 
+def _sizes(value: Any) -> str | None:
+    """Pairs of height and width."""
+    side = _whole(1, 1 << 16)
+    good = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(pair, list) and len(pair) == 2 and not any(map(side, pair)) for pair in value)
+    )
+    return None if good else "a list of [height, width] pairs in pixels is needed"
+
+
 def _one_of(known: Callable[[], Iterable[str]]) -> Check:
     def check(value: Any) -> str | None:
         choices = list(known())
@@ -152,6 +161,7 @@ _REQUIRED: Mapping[str, Check] = {
 }
 _TOP: Mapping[str, Check] = {**_REQUIRED, "requires": _texts}
 _SECTIONS = ("shapes", "limits", "parity", "options", "devices")
+_VISION: Mapping[str, Check] = {"max_pixels": _whole(784, 1 << 26), "screens": _sizes}
 _LIMITS: Mapping[str, Check] = {"max_file_bytes": _whole(1, 1 << 50)}
 _DEVICE: Mapping[str, Check] = {
     "title": _text,
@@ -226,7 +236,10 @@ class _Reader:
 
 def _check_sections(reader: _Reader, sections: Mapping[str, dict[str, Any]]) -> None:
     """Every section but [options], which belongs to the backend."""
-    reader.values(sections["shapes"], dict.fromkeys(SHAPES, _whole(1, 1 << 24)), at="shapes")
+    reader.values(sections["shapes"], {}, at="shapes", sections=["vision"])
+    if "vision" in sections["shapes"]:
+        vision = reader.section(sections["shapes"], "vision")
+        reader.values(vision, _VISION, at="shapes.vision", required=_VISION)
     reader.values(sections["limits"], _LIMITS, at="limits")
     reader.values(sections["parity"], {}, at="parity", sections=LEVELS)
     for level in (level for level in LEVELS if level in sections["parity"]):

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -34,14 +34,17 @@ class Backend(Protocol):
 
     def compile(
         self,
-        model: CanonicalModel,
+        models: Sequence[CanonicalModel],
         target: Target,
         plan: QuantPlan,
         source: WeightSource,
         work: Path,
         progress: Progress,
     ) -> Artifact:
-        """Write the artifact's files into `work`, streaming every weight from `source`."""
+        """Write the artifact's files into `work`, streaming every weight from `source`.
+
+        `models` are the variants of one component; they read the same weights.
+        """
 
 
 def known() -> dict[str, str]:
@@ -63,7 +66,8 @@ def load(name: str) -> Backend:
 
 
 def load_runner(name: str) -> Any:
-    """The host runner of a backend: a module with `open_decoder(folder, component, *, threads)`; no torch needed."""
+    """The host runner of a backend, which needs no torch: a module with `open_decoder`, `open_graph`,
+    `read_signature`."""
     modules = known()
     if name not in modules:
         raise errors.unknown_backend(name, modules)

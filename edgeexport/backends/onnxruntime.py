@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.backends.onnxruntime_ops import OPS
+from edgeexport.backends.onnxruntime_runner import STEP
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -62,14 +64,14 @@ def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Findin
 
 
 def compile(
-    model: CanonicalModel,
+    models: Sequence[CanonicalModel],
     target: Target,
     plan: QuantPlan,
     source: WeightSource,
     work: Path,
     progress: Progress = no_progress,
 ) -> Artifact:
-    """Write `<component>.onnx` and `<component>.onnx.data` into `work`.
+    """Write `<component>[.<variant>].onnx` for each variant, and one `<component>.onnx.data`, into `work`.
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
@@ -79,29 +81,38 @@ def compile(
     from edgeexport.backends.onnxruntime_lowering import Lowering
 
     options = Options(**target.options)
-    layout = storage.Layout(f"{model.component}.onnx.data")
-    lowering = Lowering(model, plan, layout, OPS, options.accuracy_level)
-    lowered = lowering.run()
-    common.RemoveUnusedNodesPass()(lowered)
-    common.TopologicalSortPass()(lowered)
-    graph_file = work / f"{model.component}.onnx"
+    component = models[0].component
+    layout = storage.Layout(f"{component}.onnx.data")
+    graphs: dict[str, bytes] = {}
+    for model in models:
+        lowered = Lowering(model, plan, layout, OPS, options.accuracy_level).run()
+        common.RemoveUnusedNodesPass()(lowered)
+        common.TopologicalSortPass()(lowered)
+        graphs[_graph_file(model)] = ir.serde.serialize_model(lowered).SerializeToString(deterministic=True)
     storage.write(work, layout, source, progress)
     try:
-        graph_file.write_bytes(ir.serde.serialize_model(lowered).SerializeToString(deterministic=True))
+        for name, data in graphs.items():
+            (work / name).write_bytes(data)
     except OSError as problem:
         raise errors.output_not_writable(work, str(problem)) from problem
-    files = [graph_file.name, layout.file]
+    files = [*graphs, layout.file] if layout.size else [*graphs]
     if options.ort_format:
-        files.append(_write_ort(graph_file))
+        files += [_write_ort(work / name) for name in graphs]
     return Artifact(
-        component=model.component,
+        component=component,
         backend=NAME,
         files=tuple(files),
-        signatures=(Signature("step", model.inputs, model.outputs),),
-        state=model.state,
+        signatures=tuple(
+            Signature(model.variant or STEP, model.inputs, model.outputs, _graph_file(model)) for model in models
+        ),
+        state=models[0].state,
         weights=layout.weights,
         tools=versions(),
     )
+
+
+def _graph_file(model: CanonicalModel) -> str:
+    return f"{model.component}.{model.variant}.onnx" if model.variant else f"{model.component}.onnx"
 
 
 def _write_ort(graph_file: Path) -> str:
@@ -111,7 +122,8 @@ def _write_ort(graph_file: Path) -> str:
     """
     import onnxruntime as ort
 
-    size = sum(path.stat().st_size for path in (graph_file, graph_file.with_name(graph_file.name + ".data")))
+    weights = graph_file.with_name(graph_file.name.split(".")[0] + ".onnx.data")
+    size = sum(path.stat().st_size for path in (graph_file, weights) if path.exists())
     if size >= 2**31:
         raise errors.ort_file_too_large(graph_file.with_suffix(".ort"), size, 2**31)
     options = ort.SessionOptions()

@@ -30,8 +30,8 @@ class Heads:
     v: ir.Value
     past_key: ir.Value
     past_value: ir.Value
-    cos: ir.Value
-    sin: ir.Value
+    cos: ir.Value | None
+    sin: ir.Value | None
     interleaved: int
     heads: int
     kv_heads: int
@@ -215,8 +215,10 @@ def match_heads(attention: ir.Node) -> Heads | None:
     scatter_k, scatter_v = (_made_by(attention.inputs[i], "TensorScatter") for i in (1, 2))
     rope_q = _made_by(attention.inputs[0], "RotaryEmbedding")
     rope_k = _made_by(scatter_k.inputs[1], "RotaryEmbedding") if scatter_k else None
-    if not (scatter_k and scatter_v and rope_q and rope_k) or len(rope_q.inputs) < 4:
+    if not (scatter_k and scatter_v and rope_q and rope_k):
         return None
+    if len(rope_q.inputs) < 4:
+        return _match_turned(attention, scatter_k, scatter_v, rope_q, rope_k)
     turned = [_made_by(value, "Transpose") for value in (rope_q.inputs[0], rope_k.inputs[0], scatter_v.inputs[1])]
     after = _only_user(attention.outputs[0], "Transpose")
     flat = _only_user(after.outputs[0], "Reshape") if after else None
@@ -245,6 +247,27 @@ def match_heads(attention: ir.Node) -> Heads | None:
         output=flat.outputs[0],
         absorbed=absorbed,
     )
+
+
+def _match_turned(
+    attention: ir.Node, scatter_k: ir.Node, scatter_v: ir.Node, rope_q: ir.Node, rope_k: ir.Node
+) -> Heads | None:
+    """The same where each token brings its own angles (M-RoPE), which GroupQueryAttention does not take: q and k come
+    out of RotaryEmbedding as [1,heads,T,head_dim], and only the cache and the attention are absorbed."""
+    turned = _made_by(scatter_v.inputs[1], "Transpose")
+    after = _only_user(attention.outputs[0], "Transpose")
+    flat = _only_user(after.outputs[0], "Reshape") if after else None
+    q, k = rope_q.outputs[0], rope_k.outputs[0]
+    v = _flat(turned.inputs[0]) if turned is not None else None
+    past_key, past_value = scatter_k.inputs[0], scatter_v.inputs[0]
+    if v is None or past_key is None or past_value is None or after is None or flat is None:
+        return None
+    if q.shape is None or k.shape is None or not (isinstance(q.shape[1], int) and isinstance(k.shape[1], int)):
+        return None
+    return Heads(
+        q, k, v, past_key, past_value, None, None, 0, q.shape[1], k.shape[1], flat.outputs[0],
+        (scatter_k, scatter_v, after, flat),
+    )  # fmt: skip
 
 
 def merge_groups(graph: ir.Graph, plan: QuantPlan) -> dict[ir.Node, tuple[Linear, ...]]:

@@ -29,8 +29,8 @@ repeated for each block when the session is created, never on disk."""
 
 OPS = OpTable("onnxruntime")
 OPS.native(
-    "Add", "Cast", "Mul", "Range", "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze",
-    "TensorScatter", "Transpose", "Unsqueeze",
+    "Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Range", "Reshape", "RotaryEmbedding", "Shape",
+    "Sigmoid", "Slice", "Split", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze",
 )  # fmt: skip
 
 
@@ -43,7 +43,10 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
         return
     last, total = _lengths(ctx, ctx.value(node.inputs[6]))
     packed = ctx.packed.get((found.q, found.k, found.v))
-    qkv = [packed, None, None] if packed is not None else [_flattened(ctx, v) for v in (found.q, found.k, found.v)]
+    if packed is not None:
+        qkv = [packed, None, None]
+    else:
+        qkv = [_flattened(ctx, v, turned=found.cos is None and v is not found.v) for v in (found.q, found.k, found.v)]
     out = ctx.emit(
         "GroupQueryAttention",
         [
@@ -52,13 +55,12 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
             ctx.value(found.past_value),
             last,
             total,
-            ctx.value(found.cos),
-            ctx.value(found.sin),
+            *([ctx.value(found.cos), ctx.value(found.sin)] if found.cos is not None else []),
         ],
         {
             "num_heads": found.heads,
             "kv_num_heads": found.kv_heads,
-            "do_rotary": 1,
+            "do_rotary": int(found.cos is not None),
             "rotary_interleaved": found.interleaved,
             "scale": attribute(node, "scale"),
         },
@@ -74,14 +76,18 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
             ctx.values[cache] = new
 
 
-def _flattened(ctx: Lowering, value: ir.Value) -> ir.Value:
-    """[1,T,heads,head_dim] as [1,T,heads * head_dim], which is what GroupQueryAttention takes."""
+def _flattened(ctx: Lowering, value: ir.Value, *, turned: bool) -> ir.Value:
+    """[1,T,heads,head_dim], or where `turned` [1,heads,T,head_dim], as [1,T,heads * head_dim], which is what
+    GroupQueryAttention takes."""
     new = ctx.value(value)
     sizes = list(value.shape) if value.shape is not None else []
-    if len(sizes) == 4 and isinstance(sizes[2], int) and isinstance(sizes[3], int):
-        width = sizes[2] * sizes[3]
-        return ctx.emit("Reshape", [new, ctx.small(f"{value.name}/flat", [0, 0, width])])
-    return new
+    if len(sizes) != 4:
+        return new
+    heads, width = (sizes[1], sizes[3]) if turned else (sizes[2], sizes[3])
+    assert isinstance(heads, int) and isinstance(width, int), "heads are static"
+    if turned:
+        new = ctx.emit("Transpose", [new], {"perm": [0, 2, 1, 3]})
+    return ctx.emit("Reshape", [new, ctx.small(f"{value.name}/flat", [0, 0, heads * width])])
 
 
 def _lengths(ctx: Lowering, length: ir.Value) -> tuple[ir.Value, ir.Value]:

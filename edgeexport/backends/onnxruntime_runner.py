@@ -1,8 +1,9 @@
-"""Run a bundle's decoder in ONNX Runtime on this machine, its KV cache bound once and updated in place."""
+"""Run a bundle's components in ONNX Runtime on this machine; a decoder's KV cache is bound once, updated in place."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.core import Dim, TensorSpec
+from edgeexport.core import Array, Dim, TensorSpec
 
 PROVIDERS = ["CPUExecutionProvider"]
+STEP = "step"
+"""Name of the signature of a component that has no variants."""
 
 
 class OnnxDecoder:
@@ -23,14 +26,9 @@ class OnnxDecoder:
     ) -> None:
         import onnxruntime as ort
 
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads:
-            options.intra_op_num_threads = threads
-        if isinstance(model, bytes):
-            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
-        self._session = _open_session(model, options, folder)
-        shapes = {value.name: value.shape for value in (*self._session.get_inputs(), *self._session.get_outputs())}
+        self._session = _open_session(model, _options(model, threads, folder), folder)
+        values = (*self._session.get_inputs(), *self._session.get_outputs())
+        shapes = {value.name: value.shape for value in values}
         self.vocab = int(shapes["logits"][-1])
         self.context = int(shapes[state[0][0]][2])
         self.runtime_seconds = 0.0
@@ -48,21 +46,31 @@ class OnnxDecoder:
         for (past, present), cache in zip(state, caches, strict=True):
             self._binding.bind_ortvalue_input(past, cache)
             self._binding.bind_ortvalue_output(present, cache)
-        self._tokens: dict[int, tuple[npt.NDArray[np.int64], Any]] = {}
+        self._embeds = int(shapes["inputs_embeds"][-1]) if "inputs_embeds" in shapes else 0
+        self._turned = "rope_positions" in shapes
+        self._feeds: dict[int, dict[str, tuple[Array, Any]]] = {}
         self._bound = 0
 
-    def step(self, tokens: npt.NDArray[np.int64], position: int) -> npt.NDArray[np.float32]:
-        """Write `tokens` [T] at cache slots position..; logits [V] of the last one, a view the next step overwrites."""
-        count = len(tokens)
+    def step(self, fed: Array, position: int, rope: Array | None = None) -> npt.NDArray[np.float32]:
+        """Write T tokens at cache slots position..; logits [V] of the last one, a view the next step overwrites.
+
+        `fed` is int64 [T], or float32 [T,hidden] where the graph takes embeddings; `rope` int64 [3,T] where it turns
+        by M-RoPE.
+        """
+        count = len(fed)
         if count != self._bound:
             if count != 1:
-                self._tokens.pop(self._bound if self._bound != 1 else -1, None)  # keep one prompt buffer at most
-            if count not in self._tokens:
-                buffer = np.empty((1, count), np.int64)
-                self._tokens[count] = (buffer, self._ort.OrtValue.ortvalue_from_numpy(buffer))
-            self._binding.bind_ortvalue_input("input_ids", self._tokens[count][1])
+                self._feeds.pop(self._bound if self._bound != 1 else -1, None)  # keep one prompt's buffers at most
+            if count not in self._feeds:
+                self._feeds[count] = self._buffers(count)
+            for name, (_, value) in self._feeds[count].items():
+                self._binding.bind_ortvalue_input(name, value)
             self._bound = count
-        self._tokens[count][0][0] = tokens
+        for name, (buffer, _) in self._feeds[count].items():
+            if name == "rope_positions":
+                buffer[:, 0] = rope
+            else:
+                buffer[0] = fed
         self._position[0] = position
         started = time.perf_counter()
         self._session.run_with_iobinding(self._binding)
@@ -72,10 +80,36 @@ class OnnxDecoder:
 
     def close(self) -> None:
         """Let the runtime and the cache go."""
-        self._tokens.clear()
+        self._feeds.clear()
         self._held.clear()
         self._caches.clear()
         del self._binding, self._session
+
+    def _buffers(self, count: int) -> dict[str, tuple[Array, Any]]:
+        arrays: dict[str, Array] = {}
+        if self._embeds:
+            arrays["inputs_embeds"] = np.empty((1, count, self._embeds), np.float32)
+        else:
+            arrays["input_ids"] = np.empty((1, count), np.int64)
+        if self._turned:
+            arrays["rope_positions"] = np.empty((3, 1, count), np.int64)
+        return {name: (array, self._ort.OrtValue.ortvalue_from_numpy(array)) for name, array in arrays.items()}
+
+
+class OnnxGraph:
+    """One artifact without state."""
+
+    def __init__(self, model: Path | bytes, *, threads: int | None, folder: Path) -> None:
+        self._session = _open_session(model, _options(model, threads, folder), folder)
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs and outputs by name."""
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+    def close(self) -> None:
+        """Let the runtime go."""
+        del self._session
 
 
 def open_decoder(folder: Path, component: Any, *, threads: int | None = None, exact: bool = False) -> OnnxDecoder:
@@ -86,9 +120,28 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
-    graph = folder / next(name for name in component.files if name.endswith(".onnx"))
+    graph = folder / _graph_file(component, "")
     state = tuple((pair[0], pair[1]) for pair in component.state)
     return OnnxDecoder(_exact(graph) if exact else graph, state, threads=threads, folder=folder)
+
+
+def open_graph(
+    folder: Path, component: Any, variant: str = "", *, threads: int | None = None, exact: bool = False
+) -> OnnxGraph:
+    """Open a component without state, or one variant of it; `exact` as in `open_decoder`.
+
+    Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
+    """
+    graph = folder / _graph_file(component, variant)
+    return OnnxGraph(_exact(graph) if exact else graph, threads=threads, folder=folder)
+
+
+def _graph_file(component: Any, variant: str) -> str:
+    """The file of a component's signature. Raises: BundleError `bundle-no-variant`."""
+    files = {signature.name: str(signature.file) for signature in component.signatures}
+    if (variant or STEP) not in files:
+        raise errors.bundle_no_variant(component.name, variant, files)
+    return files[variant or STEP]
 
 
 def _exact(graph: Path) -> bytes:
@@ -107,25 +160,36 @@ NUMPY_NAMES = {"float": "float32", "double": "float64"}
 """ONNX Runtime's element types that numpy calls otherwise."""
 
 
-def read_signature(folder: Path, component: Any) -> dict[str, TensorSpec]:
+def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
     """Inputs and outputs of an artifact as the runtime sees them, by name. No weight is read or prepared.
 
-    Raises: BundleError `artifact-does-not-open`.
+    Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     import onnxruntime as ort
 
-    graph = next(name for name in component.files if name.endswith(".onnx"))
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    session = _open_session(folder / graph, options, folder)
+    session = _open_session(folder / _graph_file(component, variant), options, folder)
     found = {}
     for value in (*session.get_inputs(), *session.get_outputs()):
         element = value.type.removeprefix("tensor(").removesuffix(")")
         shape = tuple(d if isinstance(d, int) else Dim(str(d), 0, 0) for d in value.shape)
         found[value.name] = TensorSpec(value.name, NUMPY_NAMES.get(element, element), shape)
     return found
+
+
+def _options(model: Path | bytes, threads: int | None, folder: Path) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads:
+        options.intra_op_num_threads = threads
+    if isinstance(model, bytes):
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return options
 
 
 def _open_session(model: Path | bytes, options: Any, folder: Path) -> Any:

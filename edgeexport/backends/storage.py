@@ -1,24 +1,36 @@
-"""One file of weights, written in place: offsets are laid out first, then row blocks stream in from both cores."""
+"""One file of weights, written in place: offsets are laid out first, then processes stream in row blocks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from edgeexport import errors
 from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
 from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
+from edgeexport.workers import spread
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what SIMD loads of the runtimes want."""
 
 BLOCK_ELEMENTS = 1 << 20
-"""Elements per streamed row block: 4 MB of float32, so that two threads stay far below any memory bar."""
+"""Elements per streamed row block: 4 MB of float32, so that all temporaries stay far below any memory bar."""
+
+PROCESSES = 2
+"""Each does what a core can: on one EPYC core, int4-b128 from bfloat16 at PER_CORE million elements per second."""
+
+LARGE = 1 << 26
+"""Elements from which on it pays to start processes, which takes a quarter of a second."""
+
+Seen = TypeVar("Seen")
+Observer = Callable[[str, int, int, Array], Seen]
+"""(name, start, stop, rows): rows start..stop of a weight as the file holds them, float32 [stop - start, width]; of a
+vector, elements. It is pickled, runs in the process that wrote or read the block, and so must what it returns be."""
 
 
 @dataclass
@@ -70,32 +82,46 @@ def blocks(width: int, fmt: Format) -> int:
     return width // fmt.block if fmt.block else 1
 
 
-def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress, threads: int = 2) -> None:
+def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress) -> None:
     """Write the file that `layout` describes. Rows are quantised and packed as they pass; nothing is kept.
 
-    Raises: UsageError `output-not-writable` when the disk is full or read-only.
+    Beyond `LARGE` elements `source` is pickled and works in several processes.
+    Raises: UsageError `output-not-writable` when the disk is full or read-only; ToolError `worker-died`.
     """
-    path = folder / layout.file
-    total = sum(_elements(weight) for weight in layout.weights.values())
-    done = 0
+    _write(folder, layout, _Writer(folder, layout.weights, source, None), progress)
+
+
+def write_observed(
+    folder: Path, layout: Layout, source: WeightSource, observer: Observer[Seen], progress: Progress
+) -> dict[str, list[Seen]]:
+    """As `write`; each block is read back as soon as it is written, while it is in the cache, and shown to `observer`.
+
+    Returns what the observer returned, by weight, in the order of the rows. Raises as `write`, and as `observer` does.
+    """
+    return _write(folder, layout, _Writer(folder, layout.weights, source, observer), progress)
+
+
+def observe(
+    folder: Path, weights: Mapping[str, StoredWeight], observer: Observer[Seen], progress: Progress
+) -> dict[str, list[Seen]]:
+    """Show every row block of files that exist to `observer`; returns as `write_observed` does.
+
+    Raises: BundleError `artifact-truncated`; ToolError `worker-died`; what `observer` does.
+    """
+    return _run(_Shower(folder, weights, observer), weights, progress)
+
+
+def _write(folder: Path, layout: Layout, work: _Writer[Seen], progress: Progress) -> dict[str, list[Seen]]:
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        descriptor = os.open(folder / layout.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
             if layout.size:
                 os.posix_fallocate(descriptor, 0, layout.size)  # a full disk shows now, not after minutes
             for offset, array in layout.constants.values():
                 _write_all(descriptor, array, offset)
-            jobs = [job for name, weight in layout.weights.items() for job in _jobs(name, weight, descriptor, source)]
-            with ThreadPoolExecutor(threads) as pool:
-                try:
-                    for elements in pool.map(lambda job: job(), jobs):
-                        done += elements
-                        progress(done, total)
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
         finally:
             os.close(descriptor)
+        return _run(work, layout.weights, progress)
     except OSError as problem:
         raise errors.output_not_writable(folder, str(problem)) from problem
 
@@ -103,9 +129,10 @@ def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress
 def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Array:
     """Rows as the artifact holds them, as float32 [stop - start, width]: read back, unpacked and dequantised.
 
-    A row of a vector is an element. Raises: BundleError `artifact-truncated` when the file ends early.
+    A row of a vector is an element, one of a convolution is what its first axis holds.
+    Raises: BundleError `artifact-truncated` when the file ends early.
     """
-    fmt, width = weight.format, weight.shape[-1] if len(weight.shape) > 1 else 1
+    fmt, (_, width) = weight.format, _matrix(weight.shape)
     size, count = row_bytes(width, fmt), stop - start
     path = folder / weight.file
     raw = _read(path, weight.offset + start * size, count * size)
@@ -120,33 +147,81 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     return scaled.reshape(count, width)
 
 
-def _jobs(name: str, weight: StoredWeight, descriptor: int, source: WeightSource) -> list[Callable[[], int]]:
-    width = weight.shape[-1] if weight.shape else 1
-    rows = _elements(weight) // width
-    step = max(1, BLOCK_ELEMENTS // width)
-    if len(weight.shape) < 2:  # a vector: its elements are the reader's rows
-        return [lambda: _write_vector(name, weight, descriptor, source)]
-    return [
-        lambda start=start: _write_rows(name, weight, descriptor, source, start, min(rows, start + step))  # type: ignore[misc]
-        for start in range(0, rows, step)
-    ]
+@dataclass(frozen=True)
+class _Block:
+    """Rows start..stop of one weight: one job of a worker."""
+
+    name: str
+    start: int
+    stop: int
+    elements: int
 
 
-def _write_vector(name: str, weight: StoredWeight, descriptor: int, source: WeightSource) -> int:
-    _write_all(descriptor, source.float_rows(name, 0, _elements(weight)), weight.offset)
-    return _elements(weight)
+def _blocks(weights: Mapping[str, StoredWeight]) -> Iterator[_Block]:
+    for name, weight in weights.items():
+        rows, width = _matrix(weight.shape)
+        step = max(1, BLOCK_ELEMENTS // max(1, width))
+        for start in range(0, rows, step):
+            stop = min(rows, start + step)
+            yield _Block(name, start, stop, (stop - start) * width)
 
 
-def _write_rows(name: str, weight: StoredWeight, descriptor: int, source: WeightSource, start: int, stop: int) -> int:
-    fmt, width = weight.format, weight.shape[-1]
+def _run(
+    work: Callable[[_Block], Seen | None], weights: Mapping[str, StoredWeight], progress: Progress
+) -> dict[str, list[Seen]]:
+    """Do all blocks, in several processes where they are many; what was seen, by weight."""
+    jobs = list(_blocks(weights))
+    total, done = sum(job.elements for job in jobs), 0
+    seen: dict[str, list[Seen]] = {}
+    for job, found in zip(jobs, spread(work, jobs, PROCESSES if total >= LARGE else 1), strict=True):
+        if found is not None:
+            seen.setdefault(job.name, []).append(found)
+        done += job.elements
+        progress(done, total)
+    return seen
+
+
+@dataclass(frozen=True)
+class _Writer(Generic[Seen]):
+    """Writes a block, and shows it to the observer, if there is one."""
+
+    folder: Path
+    weights: Mapping[str, StoredWeight]
+    source: WeightSource
+    observer: Observer[Seen] | None
+
+    def __call__(self, job: _Block) -> Seen | None:
+        weight = self.weights[job.name]
+        descriptor = os.open(self.folder / weight.file, os.O_WRONLY)
+        try:
+            _write_block(job, weight, descriptor, self.source)
+        finally:
+            os.close(descriptor)
+        return None if self.observer is None else _Shower(self.folder, self.weights, self.observer)(job)
+
+
+@dataclass(frozen=True)
+class _Shower(Generic[Seen]):
+    """Reads a block back and shows it to the observer."""
+
+    folder: Path
+    weights: Mapping[str, StoredWeight]
+    observer: Observer[Seen]
+
+    def __call__(self, job: _Block) -> Seen:
+        rows = read_rows(self.folder, self.weights[job.name], job.start, job.stop)
+        return self.observer(job.name, job.start, job.stop, rows)
+
+
+def _write_block(job: _Block, weight: StoredWeight, descriptor: int, source: WeightSource) -> None:
+    fmt, (_, width) = weight.format, _matrix(weight.shape)
     if fmt.integer:
-        values, scales = source.quantized_rows(name, start, stop)
-        packed = pack_int4(values) if fmt.bits == 4 else pack_int8(values)
-        _write_all(descriptor, scales, weight.scales_offset + 2 * start * blocks(width, fmt))
+        values, scales = source.quantized_rows(job.name, job.start, job.stop)
+        data = pack_int4(values) if fmt.bits == 4 else pack_int8(values)
+        _write_all(descriptor, scales, weight.scales_offset + 2 * job.start * blocks(width, fmt))
     else:
-        packed = source.float_rows(name, start, stop)
-    _write_all(descriptor, packed, weight.offset + start * row_bytes(width, fmt))
-    return (stop - start) * width
+        data = source.float_rows(job.name, job.start, job.stop)
+    _write_all(descriptor, data, weight.offset + job.start * row_bytes(width, fmt))
 
 
 def _write_all(descriptor: int, array: Array, offset: int) -> None:
@@ -166,5 +241,6 @@ def _read(path: Path, offset: int, size: int) -> Array:
     return data
 
 
-def _elements(weight: StoredWeight) -> int:
-    return int(np.prod(weight.shape, dtype=np.int64)) if weight.shape else 1
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(rows, elements of a row) as those who read a weight by rows count them: along the first axis."""
+    return (shape[0], int(np.prod(shape[1:], dtype=np.int64))) if shape else (1, 1)

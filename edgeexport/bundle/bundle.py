@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.files import linked_part, unsafe_kind
-from edgeexport.bundle.manifest import FILE, Manifest
+from edgeexport.bundle.manifest import FILE, Component, Manifest
 
 if TYPE_CHECKING:
     from edgeexport.session.chat import ChatTemplate
+    from edgeexport.session.preprocess import Preprocess
     from edgeexport.session.session import Session
     from edgeexport.session.tokenizer import Tokenizer
 
-DECODER = "decoder"
+DECODER, EMBED = "decoder", "embed"
 TOKENIZER = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
 
@@ -34,18 +35,41 @@ class Bundle:
         return self.manifest.text.stop_ids if self.manifest.text is not None else ()
 
     def session(self, threads: int | None = None) -> Session:
-        """Open the decoder; no other component's files are touched. `threads`: None lets the runtime choose.
+        """Open the decoder, and the embedding where it is apart. An encoder is opened when the first picture or sound
+        is given to it: a session of text alone never touches the files of the others. `threads`: None lets the runtime
+        choose.
 
         Raises bundle-no-component, and what the backend raises when its runtime is missing or refuses the artifact.
         """
-        from edgeexport.backends import load_runner
+        from edgeexport.bundle.artifacts import OpenArtifacts
+        from edgeexport.session.inputs import Inputs
         from edgeexport.session.session import Session
 
-        component = self.manifest.component(DECODER)
+        opened = OpenArtifacts(lambda name: (self.path, self.component(name)), threads)
+        contract = self.preprocess()
+        return Session(opened.decoder, Inputs(contract, opened.run, opened.close) if contract is not None else None)
+
+    def preprocess(self) -> Preprocess | None:
+        """The contract of pictures and sound; None for a model of text alone. Raises bundle-bad-preprocess."""
+        from edgeexport.session import preprocess
+
+        if self.manifest.preprocess is None:
+            return None
+        place = self.path / self.manifest.preprocess
+        return preprocess.from_json(place.read_bytes(), place)
+
+    def component(self, name: str) -> Component:
+        """A component whose files are there. Raises bundle-no-component, bundle-file-missing, bundle-file-changed."""
+        component = self.manifest.component(name)
         if component is None:
-            raise errors.bundle_no_component(self.path, DECODER, [each.name for each in self.manifest.components])
-        runner = load_runner(component.backend).open_decoder(self.path, component, threads=threads)
-        return Session(runner)
+            raise errors.bundle_no_component(self.path, name, [each.name for each in self.manifest.components])
+        for file in component.files:
+            self.check(file)
+        return component
+
+    def check(self, file: str) -> None:
+        """Raises bundle-file-missing, bundle-unsafe-path, bundle-file-changed."""
+        check_size(self.path, file, self.manifest.files[file])
 
     def tokenizer(self) -> Tokenizer:
         """Raises tokenizer-unusable."""
@@ -69,15 +93,18 @@ class Bundle:
 
 
 def open_bundle(path: Path | str) -> Bundle:
-    """Open the bundle in a folder. Checks the manifest and every file's size, but no hash: `verify` does that.
+    """Open the bundle in a folder. Checks the manifest and the sizes of the files that every use needs, but no hash:
+    `verify` does that. An encoder's files are looked at when it is opened.
 
     Raises bundle-not-found, bundle-bad-manifest, bundle-too-new, bundle-file-missing, bundle-file-changed,
     bundle-unsafe-path.
     """
     folder = Path(path)
     manifest = manifests.from_json(read_manifest(folder), folder / FILE)
+    apart = {each.name for each in manifest.components} - {DECODER, EMBED}
     for name, entry in manifest.files.items():
-        check_size(folder, name, entry)
+        if not (name.startswith("golden/") or name.split(".")[0] in apart):
+            check_size(folder, name, entry)
     return Bundle(folder, manifest)
 
 

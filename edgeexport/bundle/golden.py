@@ -7,7 +7,7 @@ the original model after the prefill of tokens[:P] and after each of the N token
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexport import errors
-from edgeexport.bundle.manifest import Gates
+from edgeexport.bundle.manifest import Gates, GoldenMedium
 
 if TYPE_CHECKING:
     from edgeexport.bundle.bundle import Bundle
+    from edgeexport.session.inputs import Features
     from edgeexport.session.session import Session
 
 MAX_BYTES = 1 << 30
@@ -47,19 +48,30 @@ class Comparison:
 
 
 def replay(bundle: Bundle, threads: int | None = None) -> Comparison:
-    """Run the bundle's decoder over its golden vectors, in a session of its own.
+    """Run the bundle over its golden vectors, of every modality that has some, in a session of its own.
 
     Raises golden-mismatch when a gate is missed, golden-unusable when there is nothing to compare, and what opening
     the session raises.
     """
-    name = bundle.manifest.golden.file
-    if name is None:
-        raise errors.golden_unusable(bundle.path, bundle.manifest.golden.not_run)
-    where = bundle.path / name
-    vectors = read_vectors(where)
+    golden = bundle.manifest.golden
+    if golden.file is None:
+        raise errors.golden_unusable(bundle.path, golden.not_run)
+    found = []
     with bundle.session(threads) as session:
-        logits = answered_logits(session, vectors, where)
-    return compare(logits, vectors, bundle.manifest.golden.gates, where)
+        for file, media in ((golden.file, ()), *((case.file, case.media) for case in golden.shown)):
+            where = bundle.path / file
+            vectors = read_vectors(where)
+            features = [_encoded(session, bundle, medium) for medium in media]
+            found.append(compare(answered_logits(session, vectors, where, features), vectors, golden.gates, where))
+    worst = max(found, key=lambda comparison: comparison.value)
+    return Comparison(worst.metric, worst.value, worst.gate, sum(comparison.steps for comparison in found))
+
+
+def _encoded(session: Session, bundle: Bundle, medium: GoldenMedium) -> Features:
+    """What the bundle's own encoder makes of the picture or sound, from the file on."""
+    bundle.check(medium.file)
+    path = bundle.path / medium.file
+    return session.encode_image(path) if medium.kind == "image" else session.encode_audio(path)
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -89,13 +101,16 @@ def read_vectors(path: Path) -> Vectors:
     return Vectors(tokens[:split], tokens[split:], reference, artifact)
 
 
-def answered_logits(session: Session, vectors: Vectors, where: object) -> NDArray[np.float32]:
+def answered_logits(
+    session: Session, vectors: Vectors, where: object, features: Sequence[Features] = ()
+) -> NDArray[np.float32]:
     """Logits [N+1, V] of the session, which is fed as the reference was. Raises golden-mismatch."""
     expected = vectors.reference.shape
     if session.vocab != expected[1]:
         raise errors.golden_mismatch(where, f"the artifact has {session.vocab} logits, the reference {expected[1]}")
     logits = np.empty(expected, np.float32)
-    logits[0] = session.prefill(vectors.prompt)
+    session.reset()
+    logits[0] = session.prefill(vectors.prompt, features)
     for row, token in enumerate(vectors.answer, start=1):
         logits[row] = session.decode(int(token))
     return logits

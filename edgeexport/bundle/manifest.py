@@ -51,11 +51,12 @@ class Tensor(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Signature(Struct, frozen=True, forbid_unknown_fields=True):
-    """One callable of an artifact."""
+    """One callable of an artifact: the file that holds it is one of the component's."""
 
     name: Text
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
+    file: str = ""
 
 
 class KVLayout(Struct, frozen=True, forbid_unknown_fields=True):
@@ -128,16 +129,34 @@ class Gates(Struct, frozen=True, forbid_unknown_fields=True):
     kl: Gate | None = None
 
 
+class GoldenMedium(Struct, frozen=True, forbid_unknown_fields=True):
+    """A picture or a sound that a prompt of the golden vectors shows."""
+
+    kind: Literal["image", "audio"]
+    file: Text
+
+
+class GoldenCase(Struct, frozen=True, forbid_unknown_fields=True):
+    """Golden vectors of a prompt with pictures or sound, in the order in which the prompt has them."""
+
+    name: Text
+    file: Text
+    media: tuple[GoldenMedium, ...]
+
+
 class Golden(Struct, frozen=True, forbid_unknown_fields=True):
-    """Golden vectors and the gates they must pass, or the reason why there are none."""
+    """Golden vectors and the gates they must pass, or the reason why there are none. `file` is a prompt of text alone;
+    `shown` are those of the other modalities."""
 
     file: str | None = None
+    shown: tuple[GoldenCase, ...] = ()
     gates: Gates = Gates()
     not_run: str = ""
 
 
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
-    """All of manifest.json. `files` lists every file but the manifest and its digest file, by POSIX path."""
+    """All of manifest.json. `files` lists every file but the manifest and its digest file, by POSIX path;
+    `preprocess` names the contract of pictures and sound, where the model takes them."""
 
     edgeexport: Text
     build_key: Text
@@ -148,6 +167,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     files: dict[str, FileEntry]
     golden: Golden
     text: TextContract | None = None
+    preprocess: str | None = None
     tools: dict[str, str] = {}
     parity: dict[Literal["L1", "L2", "L3", "L4", "L5"], Verdict] = {}
     schema: Literal["edgeexport.bundle/1"] = SCHEMA
@@ -211,7 +231,7 @@ def from_json(data: bytes, where: object = FILE) -> Manifest:
 def signatures_of(artifact: core.Artifact) -> tuple[Signature, ...]:
     """An artifact's signatures as the manifest writes them."""
     return tuple(
-        Signature(signature.name, _tensors(signature.inputs), _tensors(signature.outputs))
+        Signature(signature.name, _tensors(signature.inputs), _tensors(signature.outputs), signature.file)
         for signature in artifact.signatures
     )
 
@@ -285,6 +305,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
         yield "two components have the same name"
     for component in manifest.components:
         yield from _component_contradictions(component, manifest.files)
+    if manifest.preprocess is not None and manifest.preprocess not in manifest.files:
+        yield f"preprocess names a file that is not listed: {manifest.preprocess!r}"
     golden = manifest.golden
     if golden.file is None and not golden.not_run:
         yield "golden has neither a file nor a reason in not_run"
@@ -293,6 +315,10 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"golden names a file that is not listed: {golden.file!r}"
         if golden.not_run:
             yield "golden has a file and a reason why there is none"
+        for case in golden.shown:
+            for path in (case.file, *(medium.file for medium in case.media)):
+                if path not in manifest.files:
+                    yield f"golden names a file that is not listed: {path!r}"
         if golden.gates.max_abs is None and golden.gates.kl is None:
             yield "golden has a file but no gate"
 
@@ -324,6 +350,8 @@ def _component_contradictions(component: Component, files: dict[str, FileEntry])
     inputs: set[str] = set()
     outputs: set[str] = set()
     for signature in component.signatures:
+        if signature.file and signature.file not in component.files:
+            yield f"signature {signature.name} is in a file that is not the component's: {signature.file!r}"
         for tensors, seen in ((signature.inputs, inputs), (signature.outputs, outputs)):
             names = [tensor.name for tensor in tensors]
             if len(set(names)) != len(names):

@@ -76,7 +76,10 @@ OPS: dict[str, Limit | None] = {
     "Add": None,
     "Attention": _attention,
     "Cast": None,
+    "Concat": None,
     "Gather": None,
+    "Gelu": _has(approximate="none"),
+    "LayerNormalization": _has(axis=-1),
     "MatMul": None,
     "Mul": None,
     "RMSNormalization": _has(axis=-1),
@@ -159,12 +162,16 @@ def _problem(node: ir.Node) -> Finding | None:
     return errors.not_in_dialect(node.op_type, where, reason) if reason else None
 
 
-def classes(model: ir.Model, weights: Mapping[str, TensorRef]) -> dict[str, TensorClass]:
+def classes(model: ir.Model, weights: Mapping[str, TensorRef], component: str) -> dict[str, TensorClass]:
     """What each weight is for, by its use in the graph: a looked-up table is an embedding (also when it is the tied
-    head), a multiplication whose result is the logits is the lm_head, any other multiplication is linear."""
+    head), a multiplication whose result is the logits is the lm_head, any other is linear, or, outside the decoder,
+    an encoder's."""
     found: dict[str, TensorClass] = dict.fromkeys(weights, "other")
     for item in linears(model.graph):
-        found[str(item.weight.name)] = "lm_head" if item.output.is_graph_output() else "linear"
+        if component != "decoder":
+            found[str(item.weight.name)] = "encoder"
+        else:
+            found[str(item.weight.name)] = "lm_head" if item.output.is_graph_output() else "linear"
     for node in model.graph:
         table = stored(node.inputs[0]) if node.op_type == "Gather" else None
         if table is not None and table.name in weights:

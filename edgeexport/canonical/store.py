@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -41,11 +42,22 @@ def load(folder: Path, component: Component, tensors: Mapping[str, TensorRef]) -
     """The model that `save` wrote, its weights bound to this checkpoint again."""
     index = msgspec.json.decode((folder / INDEX_FILE).read_bytes(), type=_Index)
     model = ir.serde.deserialize_model(onnx.load_model_from_string((folder / GRAPH_FILE).read_bytes()))
-    weights = {name: tensors[source] for name, source in index.weights.items()}
-    for name, ref in weights.items():
-        model.graph.initializers[name].const_value = ReferenceTensor(name, ref)
+    weights = {}
+    for name, source in index.weights.items():
+        held = model.graph.initializers[name]
+        shape = tuple(int(str(size)) for size in held.shape or ())
+        weights[name] = replace(tensors[source], shape=shape)
+        held.const_value = ReferenceTensor(name, weights[name])
     return CanonicalModel(
-        component.name, model, component.inputs, component.outputs, component.state, weights, index.stages, index.digest
+        component.name,
+        model,
+        component.inputs,
+        component.outputs,
+        component.state,
+        weights,
+        index.stages,
+        index.digest,
+        component.variant,
     )
 
 
@@ -56,7 +68,7 @@ def write_onnx(
 
     `rows` gives stored rows of a reference (bfloat16 as uint16). Raises: UsageError `output-not-writable`.
     """
-    path = folder / f"{model.component}.onnx"
+    path = folder / f"{_stem(model)}.onnx"
     data = path.with_name(path.name + ".data")
     held: dict[str, ir.ExternalTensor] = {}
     try:
@@ -86,7 +98,7 @@ def write_reference_onnx(model: CanonicalModel, folder: Path) -> Path:
     Raises: UsageError `cannot-link-weights` where the folder is on another file system, or the checkpoint holds
     encodings that ONNX lacks.
     """
-    path = folder / f"{model.component}.onnx"
+    path = folder / f"{_stem(model)}.onnx"
     held: dict[str, ir.ExternalTensor] = {}
     for name, ref in model.weights.items():
         tensor = ReferenceTensor(name, ref)
@@ -106,6 +118,10 @@ def write_reference_onnx(model: CanonicalModel, folder: Path) -> Path:
             raise errors.cannot_link_weights(file, str(problem)) from problem
     _write_graph(model, held, path)
     return path
+
+
+def _stem(model: CanonicalModel) -> str:
+    return f"{model.component}.{model.variant}" if model.variant else model.component
 
 
 def _write_graph(model: CanonicalModel, held: Mapping[str, ir.ExternalTensor], path: Path) -> None:

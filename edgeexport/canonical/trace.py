@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import io
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -67,6 +69,7 @@ def trace(component: Component, tensors: Mapping[str, TensorRef], progress: Prog
         weights=weights,
         stages=tuple(stage.name for stage in stages),
         digest=digest(graph, weights),
+        variant=component.variant,
     )
 
 
@@ -93,7 +96,8 @@ def trace_stage(stage: Stage, component: Component, constants: Mapping[str, Arra
             dynamic.append(axes or None)
     try:
         with _quiet():
-            program = torch.export.export(stage.module, tuple(examples), dynamic_shapes=tuple(dynamic), strict=False)
+            shapes = _as_arguments(stage.module.forward, dynamic)
+            program = torch.export.export(stage.module, tuple(examples), dynamic_shapes=shapes, strict=False)
             exported = torch.onnx.export(
                 program, dynamo=True, opset_version=dialect.OPSET, optimize=False, verbose=False
             )
@@ -132,10 +136,11 @@ def stamp(
     shared: dict[tuple[object, ...], ir.Value] = {}
     nodes: list[ir.Node] = []
 
-    def weight(name: str) -> ir.Value:
+    def weight(name: str, shape: ir.Shape | None) -> ir.Value:
         if name not in weights:
-            weights[name] = tensors[name]
-            held = initializers[name] = _initializer(name, ReferenceTensor(name, tensors[name]))
+            sizes = tuple(int(str(size)) for size in shape or ())
+            ref = weights[name] = replace(tensors[name], shape=sizes)  # a kernel may be read as the matrix of its rows
+            held = initializers[name] = _initializer(name, ReferenceTensor(name, ref))
             values[name] = held
             if held.dtype != ir.DataType.FLOAT:
                 cast = ir.node("Cast", [held], {"to": ir.DataType.FLOAT}, name=f"{name}/Cast")
@@ -156,7 +161,7 @@ def stamp(
         local: dict[ir.Value, ir.Value] = {}
         for k, value in enumerate(graph.inputs):
             name = stage.inputs[k] if k < len(stage.inputs) else stage.parameters[str(value.name)]
-            local[value] = values[name] if k < len(stage.inputs) else weight(name)
+            local[value] = values[name] if k < len(stage.inputs) else weight(name, value.shape)
         for held in graph.initializers.values():
             local[held] = constant(held.const_value)
         for node in graph:
@@ -231,6 +236,15 @@ def _initializer(name: str, tensor: ir.TensorProtocol | None) -> ir.Value:
 def _input(spec: TensorSpec) -> ir.Value:
     shape = ir.Shape([dim.name if isinstance(dim, Dim) else dim for dim in spec.shape])
     return ir.Value(name=spec.name, type=ir.TensorType(IR_DTYPE[spec.dtype]), shape=shape)
+
+
+def _as_arguments(forward: Any, values: Sequence[Any]) -> tuple[Any, ...]:
+    """One value per parameter of `forward`: those that fall to its *args as a tuple, as torch.export wants them."""
+    parameters = list(inspect.signature(forward).parameters.values())
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        return tuple(values)
+    named = len(parameters) - 1
+    return (*values[:named], tuple(values[named:]))
 
 
 def _spec(name: str, component: Component, constants: Mapping[str, Array]) -> TensorSpec:

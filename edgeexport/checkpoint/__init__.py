@@ -66,6 +66,7 @@ def _open_gguf(path: Path, name: str) -> Checkpoint:
         generation=generation,
         tensors=tensors,
         files=(file,),
+        processor={},
         read_tokenizer=partial(read_tokenizer, file),
         header_digest=header_digest(config, generation, tensors, (file,)),
     )

@@ -15,19 +15,33 @@ from edgeexport import errors
 from edgeexport.checkpoint.files import open_regular
 from edgeexport.core import Checkpoint, Progress, TensorRef, no_progress
 from edgeexport.paths import cache_dir
+from edgeexport.workers import spread
 
 CHUNK = 2**20
+
+PROCESSES = 2
+
+LARGE = 2**30
+"""Bytes from which on files are hashed by processes of their own, side by side. A thread would wait for its turn at
+Python's lock after every chunk, 5 ms each time, while another traces the model: 0.25 GB/s instead of 1.8."""
 
 
 def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> str:
     """SHA-256 over configuration, tensor index and every byte of the weight files, as hex.
 
     The same in any folder: no path enters it. `progress` counts bytes over all files; a file whose digest is
-    remembered counts at once. Raises `checkpoint-changed` and `file-unreadable`. The tokenizer is not covered, so that
+    remembered counts at once, and so does each of several files that are hashed side by side.
+    Raises `checkpoint-changed` and `file-unreadable`, and ToolError `worker-died`. The tokenizer is not covered, so that
     a changed chat template does not mean new weights.
     """
     sizes = [_size(path) for path in checkpoint.files]
+    new = [size for path, size in zip(checkpoint.files, sizes, strict=True) if not _is_remembered(path)]
     digests = []
+    if len(new) > 1 and sum(new) >= LARGE:
+        for digest in spread(file_sha256, checkpoint.files, PROCESSES, run=1):
+            digests.append(digest)
+            progress(sum(sizes[: len(digests)]), sum(sizes))
+        return _sha256_of([checkpoint.header_digest, digests])
     for index, path in enumerate(checkpoint.files):
         done = sum(sizes[:index])
         digests.append(file_sha256(path, lambda got, _, done=done: progress(done + got, sum(sizes))))  # type: ignore[misc]
@@ -56,7 +70,7 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
     try:
         status = os.fstat(descriptor)
         identity = _identity(path, status)
-        memo = cache_dir() / "digests" / _sha256_of(identity)
+        memo = _memo(identity)
         digest = _recall(memo)
         if digest is None:
             digest = _hash(descriptor, path, status.st_size, progress)
@@ -67,6 +81,17 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
         return digest
     finally:
         os.close(descriptor)
+
+
+def _is_remembered(path: Path) -> bool:
+    try:
+        return _recall(_memo(_identity(path, path.stat()))) is not None
+    except OSError as problem:
+        raise errors.file_unreadable(path, problem.strerror or str(problem)) from problem
+
+
+def _memo(identity: list[str | int]) -> Path:
+    return cache_dir() / "digests" / _sha256_of(identity)
 
 
 def _identity(path: Path, status: os.stat_result) -> list[str | int]:

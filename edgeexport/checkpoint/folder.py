@@ -31,6 +31,8 @@ def open_folder(folder: Path, name: str) -> Checkpoint:
     config = _read_config(folder)
     generation_path = find(folder, "generation_config.json")
     generation = read_object(generation_path, CONFIG_LIMIT) if generation_path is not None else {}
+    processor_path = find(folder, "preprocessor_config.json") or find(folder, "processor_config.json")
+    processor = read_object(processor_path, CONFIG_LIMIT) if processor_path is not None else {}
     tensors, files = safetensors.read_folder(folder)
     return Checkpoint(
         path=folder,
@@ -41,8 +43,9 @@ def open_folder(folder: Path, name: str) -> Checkpoint:
         generation=generation,
         tensors=tensors,
         files=files,
+        processor=processor,
         read_tokenizer=partial(read_tokenizer, folder),
-        header_digest=header_digest(config, generation, tensors, files),
+        header_digest=header_digest(config, {**generation, "processor": processor}, tensors, files),
     )
 
 

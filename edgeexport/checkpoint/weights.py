@@ -18,12 +18,12 @@ from edgeexport.core import Array, TensorRef
 PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 """Encodings of one number per element, and the numpy dtype their bytes are viewed in. numpy has no bfloat16."""
 
-DECODED_BYTES = 2**18
+DECODED_BYTES = 2**20
 """How much float32 is decoded at a time: small enough that stored and decoded rows stay in the processor's cache."""
 
 
 class WeightReader:
-    """Reads the data of `TensorRef`s. A context manager; safe to share between threads.
+    """Reads the data of `TensorRef`s. A context manager; safe to share between threads. A pickled copy is a new reader.
 
     Files stay open until the end. Every read is a `pread`: mapped pages would count as memory of the process.
     All methods raise `weights-truncated` when a file ends early and `file-unreadable` when it cannot be read.
@@ -33,6 +33,9 @@ class WeightReader:
         self._descriptors: dict[Path, int] = {}
         self._lock = threading.Lock()
         self._closed = False
+
+    def __reduce__(self) -> tuple[type[WeightReader], tuple[()]]:
+        return WeightReader, ()
 
     def __enter__(self) -> WeightReader:
         return self

@@ -9,13 +9,45 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeexport import errors
-from edgeexport.families.decoder import DecoderFamily
+from edgeexport.core import Checkpoint, Component, Geometry, OracleModel
 
-_ROOMS = {"decoder", "stages"}
+if TYPE_CHECKING:
+    from edgeexport.session.preprocess import Preprocess
+
+_ROOMS = {"decoder", "stages", "glm4v_stages"}
 """Modules of this package that are machinery, not families."""
+
+
+class Family(Protocol):
+    """What a family module's `FAMILY` offers. Only `oracle` and the components' stages need torch."""
+
+    model_type: str
+    ops: frozenset[str]
+    """Dialect ops of its graphs, so that `plan` can say what a backend lacks without tracing."""
+    kernels: tuple[str, ...]
+    """Suffixes of convolutions that are read as matrices of their rows."""
+    tiny: Mapping[str, Any]
+    """A random-weight configuration small enough for every test."""
+
+    def geometry(self, config: Mapping[str, Any]) -> Geometry:
+        """The decoder's numbers from config.json. Raises: CheckpointError `bad-config`."""
+
+    def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
+        """Checkpoint tensors that the model does not read, and rightly so."""
+
+    def components(self, checkpoint: Checkpoint, context: int, shapes: Mapping[str, Any]) -> list[Component]:
+        """The parts of the model, the decoder last. `shapes` is the target's [shapes]."""
+
+    def preprocess(self, checkpoint: Checkpoint, shapes: Mapping[str, Any]) -> Preprocess | None:
+        """What pictures, sound and prompts go through; None for a model of text alone."""
+
+    def oracle(self, config: Mapping[str, Any]) -> OracleModel:
+        """The unmodified model that parity is measured against."""
 
 
 def known() -> dict[str, str]:
@@ -32,7 +64,7 @@ def known() -> dict[str, str]:
     return found
 
 
-def find(model_type: str) -> DecoderFamily:
+def find(model_type: str) -> Family:
     """The family of this `model_type`.
 
     Raises: CheckpointError `unknown-model-type` naming the known ones.
@@ -40,5 +72,5 @@ def find(model_type: str) -> DecoderFamily:
     modules = known()
     if model_type not in modules:
         raise errors.unknown_model_type(model_type, modules)
-    family: DecoderFamily = importlib.import_module(modules[model_type]).FAMILY
+    family: Family = importlib.import_module(modules[model_type]).FAMILY
     return family

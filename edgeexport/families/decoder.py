@@ -6,12 +6,17 @@ without importing torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeexport import errors
-from edgeexport.core import Array, Checkpoint, Component, Dim, Geometry, Stage, TensorRef, TensorSpec
+from edgeexport.core import Array, Checkpoint, Component, Dim, Geometry, OracleModel, Stage, TensorRef, TensorSpec
+
+if TYPE_CHECKING:
+    from edgeexport.families.stages import TextModel
 
 DECODER_OPS = frozenset(
     {
@@ -35,28 +40,11 @@ class DecoderFamily:
     tiny: Mapping[str, Any]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Suffixes of checkpoint tensors that the model recomputes and never reads."""
+    kernels: tuple[str, ...] = ()
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
-        """Layers, heads and sizes from config.json.
-
-        Raises: CheckpointError `bad-config` when a number is missing, not a positive integer, or contradicts another.
-        """
-        hidden = _positive(config, "hidden_size")
-        heads = _positive(config, "num_attention_heads")
-        kv_heads = _positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-        head_dim = _positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
-        if heads % kv_heads:
-            raise errors.bad_config("num_key_value_heads", kv_heads, f"it must divide num_attention_heads {heads}")
-        return Geometry(
-            layers=_positive(config, "num_hidden_layers"),
-            hidden=hidden,
-            heads=heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            vocab=_positive(config, "vocab_size"),
-            max_context=_positive(config, "max_position_embeddings"),
-            tied=bool(config.get("tie_word_embeddings", False)),
-        )
+        """Layers, heads and sizes from config.json. Raises: CheckpointError `bad-config`."""
+        return geometry_of(config)
 
     def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
         """Checkpoint tensors that this model does not read, and rightly so (a tied head, recomputed buffers)."""
@@ -65,34 +53,100 @@ class DecoderFamily:
             names.add("lm_head.weight")
         return frozenset(names & checkpoint.tensors.keys())
 
-    def components(self, checkpoint: Checkpoint, context: int) -> list[Component]:
-        """The parts of the model: for a plain decoder, one.
+    def components(self, checkpoint: Checkpoint, context: int, shapes: Mapping[str, Any]) -> list[Component]:
+        """The parts of the model: for a plain decoder, one. `shapes` is the target's, of no use here.
 
         Raises: UsageError `context-too-long`; ExportError `rope-not-static`.
         """
         geometry = self.geometry(checkpoint.config)
-        if context > geometry.max_context:
-            raise errors.context_too_long(context, geometry.max_context)
-        rope = checkpoint.config.get("rope_parameters") or checkpoint.config.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
-        if kind not in STATIC_ROPE:
-            raise errors.rope_not_static(str(kind), STATIC_ROPE)
-        return [decoder_component(checkpoint, geometry, context)]
+        refuse_context(context, geometry)
+        refuse_rope(checkpoint.config)
+
+        @functools.cache
+        def text() -> TextModel:
+            from edgeexport.families.stages import causal_model
+
+            return causal_model(checkpoint.config)
+
+        return [decoder_component(text, checkpoint.tensors, geometry, context)]
+
+    def preprocess(self, checkpoint: Checkpoint, shapes: Mapping[str, Any]) -> None:
+        """Text alone needs no preparation."""
+
+    def oracle(self, config: Mapping[str, Any]) -> OracleModel:
+        """transformers' unmodified model. Needs torch."""
+        from edgeexport.families.stages import causal_oracle
+
+        return causal_oracle(config)
 
 
-def decoder_component(checkpoint: Checkpoint, geometry: Geometry, context: int) -> Component:
+def geometry_of(config: Mapping[str, Any]) -> Geometry:
+    """Layers, heads and sizes from the values of a text model's config.
+
+    Raises: CheckpointError `bad-config` when a number is missing, not a positive integer, or contradicts another.
+    """
+    hidden = positive(config, "hidden_size")
+    heads = positive(config, "num_attention_heads")
+    kv_heads = positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
+    head_dim = positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+    if heads % kv_heads:
+        raise errors.bad_config("num_key_value_heads", kv_heads, f"it must divide num_attention_heads {heads}")
+    return Geometry(
+        layers=positive(config, "num_hidden_layers"),
+        hidden=hidden,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        vocab=positive(config, "vocab_size"),
+        max_context=positive(config, "max_position_embeddings"),
+        tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def refuse_context(context: int, geometry: Geometry) -> None:
+    """Raises: UsageError `context-too-long`."""
+    if context > geometry.max_context:
+        raise errors.context_too_long(context, geometry.max_context)
+
+
+def refuse_rope(config: Mapping[str, Any]) -> None:
+    """Raises: ExportError `rope-not-static` for a rotary type that no fixed table is right for."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
+    if kind not in STATIC_ROPE:
+        raise errors.rope_not_static(str(kind), STATIC_ROPE)
+
+
+def decoder_component(
+    text: Callable[[], TextModel],
+    tensors: Mapping[str, TensorRef],
+    geometry: Geometry,
+    context: int,
+    *,
+    embeds: bool = False,
+    rope_pairs: int = 0,
+) -> Component:
     """The decoder at batch 1 with `context` cache slots (S).
 
-    inputs   input_ids int64 [1,T]; position int64 [1]; past_key.{i}, past_value.{i} float32 [1,KV,S,D]
+    inputs   input_ids int64 [1,T], or with `embeds` inputs_embeds float32 [1,T,hidden]; position int64 [1];
+             with `rope_pairs` (M-RoPE, rotary_dim / 2) rope_positions int64 [3,1,T];
+             past_key.{i}, past_value.{i} float32 [1,KV,S,D]
     outputs  logits float32 [1,1,V] of the last token; present_key.{i}, present_value.{i}
     """
     tokens = Dim("T", 1, context)
     cache = (1, geometry.kv_heads, context, geometry.head_dim)
     past = [f"past_{kind}.{i}" for i in range(geometry.layers) for kind in ("key", "value")]
     present = [name.replace("past", "present") for name in past]
+    fed = (
+        TensorSpec("inputs_embeds", "float32", (1, tokens, geometry.hidden))
+        if embeds
+        else TensorSpec("input_ids", "int64", (1, tokens))
+    )
+    rope = (TensorSpec("rope_positions", "int64", (3, 1, tokens)),) if rope_pairs else ()
     specs = (
-        TensorSpec("input_ids", "int64", (1, tokens)),
+        fed,
         TensorSpec("position", "int64", (1,)),
+        *rope,
         *(TensorSpec(name, "float32", cache) for name in past),
     )
     outputs = (
@@ -103,17 +157,19 @@ def decoder_component(checkpoint: Checkpoint, geometry: Geometry, context: int) 
         TensorSpec("hidden", "float32", (1, tokens, geometry.hidden)),
         TensorSpec("positions", "int64", (1, tokens)),
         TensorSpec("kv_length", "int64", (1,)),
+        TensorSpec("cos", "float32", (1, tokens, rope_pairs)),
+        TensorSpec("sin", "float32", (1, tokens, rope_pairs)),
     )
 
     def stages() -> list[Stage]:
         from edgeexport.families.stages import decoder_stages
 
-        return decoder_stages(checkpoint.config, checkpoint.tensors, context)
+        return decoder_stages(text(), tensors, context, embeds=embeds)
 
     def constants() -> Mapping[str, Array]:
         from edgeexport.families.stages import rope_tables
 
-        return rope_tables(checkpoint.config, context)
+        return rope_tables(text(), context)
 
     return Component(
         name="decoder",
@@ -126,8 +182,25 @@ def decoder_component(checkpoint: Checkpoint, geometry: Geometry, context: int) 
     )
 
 
+def embed_component(
+    text: Callable[[], TextModel], tensors: Mapping[str, TensorRef], geometry: Geometry, context: int
+) -> Component:
+    """The embedding table by itself: input_ids int64 [1,T] -> inputs_embeds float32 [1,T,hidden]."""
+    tokens = Dim("T", 1, context)
+    specs = (TensorSpec("input_ids", "int64", (1, tokens)),)
+    outputs = (TensorSpec("inputs_embeds", "float32", (1, tokens, geometry.hidden)),)
+
+    def stages() -> list[Stage]:
+        from edgeexport.families.stages import embed_stages
+
+        return embed_stages(text(), tensors)
+
+    return Component("embed", specs, outputs, (), stages, {spec.name: spec for spec in (*specs, *outputs)})
+
+
 def missing_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, TensorRef]) -> None:
-    """Compare the model's parameters with the checkpoint's index, all at once.
+    """Compare the model's parameters with the checkpoint's index, all at once. A convolution's kernel may stand for
+    the matrix [out, K] of its rows.
 
     Raises: CheckpointError with one finding per tensor that is missing or has another shape.
     """
@@ -135,13 +208,18 @@ def missing_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str,
     problems += [
         errors.shape_mismatch(name, shape, found[name].shape)
         for name, shape in expected.items()
-        if name in found and found[name].shape != shape
+        if name in found and found[name].shape != shape and not _kernel_rows(found[name].shape, shape)
     ]
     if problems:
         raise errors.CheckpointError(*problems)
 
 
-def _positive(config: Mapping[str, Any], key: str) -> int:
+def _kernel_rows(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    return len(found) > len(shape) == 2 and found[0] == shape[0] and math.prod(found[1:]) == shape[1]
+
+
+def positive(config: Mapping[str, Any], key: str) -> int:
+    """A size from config.json. Raises: CheckpointError `bad-config`."""
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
         raise errors.bad_config(key, value, "a positive integer is needed")

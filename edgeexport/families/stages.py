@@ -12,8 +12,9 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from edgeexport import errors
-from edgeexport.core import Array, Stage, TensorRef
+from edgeexport.core import Array, Example, OracleModel, Stage, TensorRef
 from edgeexport.families.decoder import missing_tensors
 
 ATTENTION = "edgeexport"
@@ -33,84 +34,144 @@ ATTENTION_VERSION = 24
 
 def transformers_config(config: Mapping[str, Any]) -> Any:
     """transformers' configuration object from config.json's values; no remote code, no class guessed."""
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version", "dtype")}
-    return AutoConfig.for_model(config["model_type"], **copy.deepcopy(values))
+    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
+    return AutoConfig.for_model(config["model_type"], **_without_dtypes(values))
 
 
-def fake_model(config: Mapping[str, Any]) -> Any:
+def _without_dtypes(values: Any) -> Any:
+    """A deep copy without the dtypes that a config names, its sub-configs' too: everything here is float32."""
+    if isinstance(values, Mapping):
+        return {key: _without_dtypes(item) for key, item in values.items() if key not in ("dtype", "torch_dtype")}
+    return copy.deepcopy(values)
+
+
+def fake_model(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
     """transformers' model at full depth with fake float32 weights: shapes without storage."""
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(
-            transformers_config(config), dtype=torch.float32, attn_implementation=ATTENTION
-        )
+        model = auto.from_config(transformers_config(config), dtype=torch.float32, attn_implementation=ATTENTION)
     return model.eval()
 
 
-def rope_tables(config: Mapping[str, Any], context: int) -> dict[str, Array]:
-    """cos and sin for positions 0..context-1 as the model computes them: float32 [context, rotary_dim / 2] each."""
-    settings = transformers_config(config)
-    settings.num_hidden_layers = 1
-    rotary = type(fake_model({**config, "num_hidden_layers": 1}).model.rotary_emb)(settings)
+@dataclass(frozen=True)
+class TextModel:
+    """Where a model keeps its decoder: `body` has embed_tokens, layers, norm and rotary_emb; `prefix` and `head_name`
+    are what the checkpoint's tensors of body and head begin with."""
+
+    body: Any
+    head: Any
+    prefix: str
+    head_name: str
+    tied: bool
+    sections: tuple[int, ...] = ()
+    """M-RoPE: how many rotary pairs take their angle from each of the position rows, in turn."""
+
+
+def causal_model(config: Mapping[str, Any]) -> TextModel:
+    """The parts of a plain causal language model."""
+    model = fake_model(config)
+    return TextModel(model.model, model.lm_head, "model.", "lm_head", bool(config.get("tie_word_embeddings", False)))
+
+
+def rope_tables(text: TextModel, context: int) -> dict[str, Array]:
+    """cos and sin for positions 0..context-1 as the model computes them: float32 [context, rotary_dim / 2] each, cut
+    into the columns of each M-RoPE section where the model has them."""
+    rotary = type(text.body.rotary_emb)(text.body.rotary_emb.config)
     with torch.no_grad():
-        cos, sin = rotary(torch.zeros(1, 1), torch.arange(context)[None])
-    half = cos.shape[-1] // 2
-    if not (torch.equal(cos[..., :half], cos[..., half:]) and torch.equal(sin[..., :half], sin[..., half:])):
-        raise errors.rope_not_static(type(rotary).__name__, ("tables whose two halves are equal",))
-    return {"rope.cos": cos[0, :, :half].numpy().copy(), "rope.sin": sin[0, :, :half].numpy().copy()}
+        where = torch.arange(context)[None]
+        cos, sin = (
+            _half(table[0]) for table in rotary(torch.zeros(1, 1), where.expand(3, 1, -1) if text.sections else where)
+        )
+    if cos is None or sin is None:
+        raise errors.rope_not_static(type(rotary).__name__, ("tables of which one half repeats the other",))
+    tables = {"rope.cos": cos, "rope.sin": sin}
+    if not text.sections:
+        return {name: table.numpy().copy() for name, table in tables.items()}
+    return {
+        f"{name}.{i}": part.numpy().copy()
+        for name, table in tables.items()
+        for i, part in enumerate(table.split(list(text.sections), -1))
+    }
 
 
-def decoder_stages(config: Mapping[str, Any], tensors: Mapping[str, TensorRef], context: int) -> list[Stage]:
-    """The stages of a causal language model: embed, one per layer, head.
+def _half(table: torch.Tensor) -> torch.Tensor | None:
+    """One column per rotary pair of a table [S, rotary_dim] that has each twice: halves alike, or neighbours alike."""
+    width = table.shape[-1] // 2
+    if torch.equal(table[:, :width], table[:, width:]):
+        return table[:, :width]
+    return table[:, 0::2] if torch.equal(table[:, 0::2], table[:, 1::2]) else None
+
+
+def embed_stages(text: TextModel, tensors: Mapping[str, TensorRef]) -> list[Stage]:
+    """The looked-up embeddings as a component of their own: input_ids -> inputs_embeds."""
+    module = Lookup(text.body.embed_tokens)
+    name = f"{text.prefix}embed_tokens.weight"
+    missing_tensors({name: tuple(text.body.embed_tokens.weight.shape)}, tensors)
+    return [Stage("embed", "embed", module, ("input_ids",), ("inputs_embeds",), {"embed.weight": name})]
+
+
+def decoder_stages(
+    text: TextModel, tensors: Mapping[str, TensorRef], context: int, *, embeds: bool = False
+) -> list[Stage]:
+    """The stages of a causal language model: embed (or, with `embeds`, positions alone), one per layer, head.
 
     Raises: CheckpointError when a parameter of the model is not in the checkpoint or has another shape.
     """
-    model = fake_model(config)
-    layers = model.model.layers
-    lm_head = "model.embed_tokens.weight" if config.get("tie_word_embeddings", False) else "lm_head.weight"
-    rotary_dim = 2 * rope_tables(config, 1)["rope.cos"].shape[-1]
-
-    stages = [
-        Stage(
-            name="embed",
-            kind="embed",
-            module=Embed(model.model.embed_tokens),
-            inputs=("input_ids", "position"),
-            outputs=("hidden", "positions", "kv_length"),
-            parameters={"embed.weight": "model.embed_tokens.weight"},
-        )
-    ]
+    layers = text.body.layers
+    rotary_dim = 2 * sum(table.shape[-1] for name, table in rope_tables(text, 1).items() if name.startswith("rope.cos"))
+    embedding = f"{text.prefix}embed_tokens.weight"
+    first = "inputs_embeds" if embeds else "hidden"
+    rope = ("cos", "sin") if text.sections else ("positions", "rope.cos", "rope.sin")
+    if text.sections:
+        tables = [f"rope.{kind}.{i}" for kind in ("cos", "sin") for i in range(len(text.sections))]
+        check_sections(text)
+        stages = [
+            Stage(
+                "positions", "positions", SectionAngles(len(text.sections)),
+                ("inputs_embeds", "position", "rope_positions", *tables), ("kv_length", "cos", "sin"), {},
+            )
+        ]  # fmt: skip
+    elif embeds:
+        stages = [
+            Stage("positions", "positions", Positions(), ("inputs_embeds", "position"), ("positions", "kv_length"), {})
+        ]
+    else:
+        stages = [
+            Stage(
+                "embed", "embed", Embed(text.body.embed_tokens), ("input_ids", "position"),
+                ("hidden", "positions", "kv_length"), {"embed.weight": embedding},
+            )
+        ]  # fmt: skip
     for i, layer in enumerate(layers):
+        cache = (f"past_key.{i}", f"past_value.{i}")
+        module = (SectionLayer if text.sections else Layer)(layer, rotary_dim, context)
         stages.append(
             Stage(
                 name=f"layers.{i}",
                 kind=_layer_kind(layer),
-                module=Layer(layer, rotary_dim, context),
-                inputs=(
-                    "hidden",
-                    "position",
-                    "positions",
-                    "kv_length",
-                    "rope.cos",
-                    "rope.sin",
-                    f"past_key.{i}",
-                    f"past_value.{i}",
-                ),
+                module=module,
+                inputs=(first if i == 0 else "hidden", "position", "kv_length", *rope, *cache),
                 outputs=("hidden", f"present_key.{i}", f"present_value.{i}"),
-                parameters={f"layer.{name}": f"model.layers.{i}.{name}" for name, _ in layer.named_parameters()},
+                parameters={f"layer.{name}": f"{text.prefix}layers.{i}.{name}" for name, _ in layer.named_parameters()},
             )
         )
-    head = {f"norm.{name}": f"model.norm.{name}" for name, _ in model.model.norm.named_parameters()}
-    head |= {f"head.{name}": f"lm_head.{name}" for name, _ in model.lm_head.named_parameters()}
-    head["head.weight"] = lm_head
-    stages.append(Stage("head", "head", Head(model.model.norm, model.lm_head), ("hidden",), ("logits",), head))
+    head = {f"norm.{name}": f"{text.prefix}norm.{name}" for name, _ in text.body.norm.named_parameters()}
+    head |= {f"head.{name}": f"{text.head_name}.{name}" for name, _ in text.head.named_parameters()}
+    if text.tied:
+        head["head.weight"] = embedding
+    stages.append(Stage("head", "head", Head(text.body.norm, text.head), ("hidden",), ("logits",), head))
+    missing_parameters(stages, tensors)
+    return stages
+
+
+def missing_parameters(stages: Sequence[Stage], tensors: Mapping[str, TensorRef]) -> None:
+    """Raises: CheckpointError with every parameter of the stages that the checkpoint lacks or has in another shape."""
     expected = {
         stage.parameters[name]: tuple(parameter.shape)
         for stage in stages
         for name, parameter in stage.module.named_parameters()
     }
     missing_tensors(expected, tensors)
-    return stages
 
 
 def _layer_kind(layer: nn.Module) -> str:
@@ -137,8 +198,46 @@ class Embed(nn.Module):
         return self.embed(input_ids), position[:, None] + torch.arange(length)[None], position + length
 
 
+class Lookup(nn.Module):
+    """input_ids [1,T] -> inputs_embeds [1,T,hidden]."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        looked_up: torch.Tensor = self.embed(input_ids)
+        return looked_up
+
+
+class Positions(nn.Module):
+    """inputs_embeds [1,T,hidden], position [1] -> positions [1,T], kv_length [1]."""
+
+    def forward(self, inputs_embeds: torch.Tensor, position: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        length = inputs_embeds.shape[1]
+        return position[:, None] + torch.arange(length)[None], position + length
+
+
+class SectionAngles(nn.Module):
+    """M-RoPE, once for all layers: inputs_embeds [1,T,hidden], position [1], rope_positions [3,1,T] and the tables'
+    sections -> kv_length [1], cos and sin [1,T,rotary_dim/2]. Section i takes its angle from position row i mod 3."""
+
+    def __init__(self, sections: int) -> None:
+        super().__init__()
+        self.sections = sections
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position: torch.Tensor, rope_positions: torch.Tensor, *tables: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        cos, sin = (
+            torch.cat([nn.functional.embedding(rope_positions[i % 3], table) for i, table in enumerate(half)], -1)
+            for half in (tables[: self.sections], tables[self.sections :])
+        )
+        return position + inputs_embeds.shape[1], cos, sin
+
+
 class Layer(nn.Module):
-    """One decoder layer with its slice of the cache."""
+    """One decoder layer with its slice of the cache, rotated by tables cos and sin [S, rotary_dim/2]."""
 
     def __init__(self, layer: nn.Module, rotary_dim: int, context: int) -> None:
         super().__init__()
@@ -153,27 +252,55 @@ class Layer(nn.Module):
         self,
         hidden: torch.Tensor,
         position: torch.Tensor,
+        kv_length: torch.Tensor,
         positions: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        return self.run(hidden, position, kv_length, (cos, sin, positions), past_key, past_value)
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        position: torch.Tensor,
+        kv_length: torch.Tensor,
+        rotary: tuple[torch.Tensor, ...],
+        past_key: torch.Tensor,
+        past_value: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """`rotary` is what RotaryEmbedding takes behind its first input."""
+        cache = LayerCache(past_key, past_value, position)
+        with rotary_as_op(self, rotary), rms_norm_as_op(self.norms):
+            hidden = self.layer(
+                hidden,
+                attention_mask=None,
+                position_ids=None,
+                past_key_values=cache,
+                use_cache=True,
+                position_embeddings=rotary[:2],
+                edgeexport=(kv_length, self.context),
+            )
+        if isinstance(hidden, tuple):
+            hidden = hidden[0]
+        return hidden, cache.key, cache.value
+
+
+class SectionLayer(Layer):
+    """A layer whose angles come per token: cos and sin [1,T,rotary_dim/2]."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden: torch.Tensor,
+        position: torch.Tensor,
         kv_length: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         past_key: torch.Tensor,
         past_value: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        cache = LayerCache(past_key, past_value, position)
-        with rotary_as_op(self, positions), rms_norm_as_op(self.norms):
-            hidden = self.layer(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                position_embeddings=(cos, sin),
-                edgeexport=(kv_length, self.context),
-            )
-        if isinstance(hidden, tuple):
-            hidden = hidden[0]
-        return hidden, cache.key, cache.value
+        return self.run(hidden, position, kv_length, (cos, sin), past_key, past_value)
 
 
 class Head(nn.Module):
@@ -257,23 +384,14 @@ AttentionInterface.register(ATTENTION, attention_as_op)
 
 
 @contextmanager
-def rotary_as_op(stage: Layer, positions: torch.Tensor) -> Iterator[None]:
-    """Within, the attention's `apply_rotary_pos_emb` emits RotaryEmbedding over (cos, sin) tables [S, rotary_dim/2]."""
+def rotary_as_op(stage: Layer, rotary: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Within, the attention's `apply_rotary_pos_emb` emits RotaryEmbedding over `rotary`: tables [S, rotary_dim/2] and
+    the tokens' positions in them, or the tokens' own cos and sin [1,T,rotary_dim/2]."""
     room: Any = sys.modules[type(stage.layer.self_attn).__module__]
     attributes = {"interleaved": stage.interleaved, "rotary_embedding_dim": stage.rotary_dim}
 
     def emit(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *_: Any) -> tuple[Any, Any]:
-        def rotate(x: torch.Tensor) -> torch.Tensor:
-            return torch.onnx.ops.symbolic(
-                "RotaryEmbedding",
-                (x, cos, sin, positions),
-                attributes,
-                dtype=x.dtype,
-                shape=x.shape,
-                version=ROPE_VERSION,
-            )
-
-        return rotate(q), rotate(k)
+        return rotate_as_op(q, rotary, attributes), rotate_as_op(k, rotary, attributes)
 
     room.apply_rotary_pos_emb = emit
     try:
@@ -282,10 +400,18 @@ def rotary_as_op(stage: Layer, positions: torch.Tensor) -> Iterator[None]:
         room.apply_rotary_pos_emb = stage.apply_rotary
 
 
+def rotate_as_op(x: torch.Tensor, rotary: tuple[torch.Tensor, ...], attributes: Mapping[str, int]) -> torch.Tensor:
+    """RotaryEmbedding of x [B,H,T,D]."""
+    return torch.onnx.ops.symbolic(
+        "RotaryEmbedding", (x, *rotary), dict(attributes), dtype=x.dtype, shape=x.shape, version=ROPE_VERSION
+    )
+
+
 def rotary_layout(apply_rotary: Any, head_dim: int, rotary_dim: int) -> int:
     """Which RotaryEmbedding a model's own rotary function is: 0 half-split, 1 interleaved.
 
-    Found by running it on random numbers beside both layouts as ONNX defines them. Source: ONNX RotaryEmbedding-23.
+    Found by running it on random numbers beside both layouts as ONNX defines them, over tables that hold each angle
+    twice, as halves or as neighbours: whichever the model's own tables do. Source: ONNX RotaryEmbedding-23.
 
     Raises: ExportError `rope-not-recognised` when it is neither.
     """
@@ -293,12 +419,29 @@ def rotary_layout(apply_rotary: Any, head_dim: int, rotary_dim: int) -> int:
         generator = torch.Generator().manual_seed(0)
         q = torch.randn(1, 2, 3, head_dim, generator=generator)
         angle = torch.randn(1, 3, rotary_dim // 2, generator=generator)
-        cos, sin = torch.cat((angle, angle), -1).cos(), torch.cat((angle, angle), -1).sin()
-        got = apply_rotary(q, q, cos, sin)[0]
-        for interleaved in (0, 1):
-            if torch.allclose(got, _rotate(q, angle.cos()[:, None], angle.sin()[:, None], interleaved), atol=1e-5):
-                return interleaved
+        for doubled in (torch.cat((angle, angle), -1), angle.repeat_interleave(2, -1)):
+            got = apply_rotary(q, q, doubled.cos(), doubled.sin())[0]
+            for interleaved in (0, 1):
+                if torch.allclose(got, _rotate(q, angle.cos()[:, None], angle.sin()[:, None], interleaved), atol=1e-5):
+                    return interleaved
     raise errors.rope_not_recognised(apply_rotary.__module__)
+
+
+def check_sections(text: TextModel) -> None:
+    """Hold the sections against the model's own rotary embedding, on three position rows that differ.
+
+    Raises: ExportError `rope-not-recognised`.
+    """
+    rotary = type(text.body.rotary_emb)(text.body.rotary_emb.config)
+    rows = torch.tensor([[[3, 5, 7, 1]], [[2, 4, 0, 6]], [[7, 1, 6, 2]]])
+    tables = [torch.from_numpy(table) for table in rope_tables(text, 8).values()]
+    with torch.no_grad():
+        want = rotary(torch.zeros(1, 1), rows)
+        got = SectionAngles(len(text.sections))(torch.zeros(1, 4, 1), torch.zeros(1, dtype=torch.int64), rows, *tables)
+    for ours, theirs in zip(got[1:], want, strict=True):
+        half = _half(theirs[0])
+        if half is None or not torch.equal(ours[0], half):
+            raise errors.rope_not_recognised(type(rotary).__module__)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleaved: int) -> torch.Tensor:
@@ -350,3 +493,37 @@ def _is_rms_norm(module: nn.Module) -> bool:
 def as_numpy(tensor: torch.Tensor) -> Array:
     """A detached float32 copy for those who do not know torch."""
     return np.asarray(tensor.detach().float().cpu().numpy())
+
+
+def oracle_model(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
+    """transformers' unmodified model on the meta device, its computed buffers (rotary frequencies) made anew."""
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = auto.from_config(transformers_config(config), dtype=torch.float32).eval()
+    model.tie_weights()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if "rotary" in name or "rotary" in type(child).__name__.lower():
+                setattr(module, name, type(child)(child.config))
+    return model
+
+
+def causal_oracle(config: Mapping[str, Any]) -> OracleModel:
+    """A plain causal language model: all examples are one batch."""
+    model = oracle_model(config)
+
+    def logits(examples: Sequence[Example], start: int) -> list[Array]:
+        batch = padded(examples)
+        kept = torch.arange(start, batch.shape[1])
+        return list(model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits.numpy())
+
+    return OracleModel(model, tuple(model.model.layers), logits)
+
+
+def padded(examples: Sequence[Example]) -> torch.Tensor:
+    """Token ids int64 [examples, longest], zeros behind the shorter ones: what comes later changes no causal logits."""
+    length = max(len(example.tokens) for example in examples)
+    batch = torch.zeros(len(examples), length, dtype=torch.int64)
+    for row, example in zip(batch, examples, strict=True):
+        row[: len(example.tokens)] = torch.from_numpy(example.tokens)
+    return batch

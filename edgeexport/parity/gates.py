@@ -13,8 +13,14 @@ from edgeexport.core import Format
 GRAPH_MAX_ABS = 1e-3
 """L2: logits of two float32 programs of the same arithmetic. Measured 5e-5 at logits up to 33."""
 
+GRAPH_FEATURES = 1e-4
+"""L2: outputs of an encoder or embedding, largest difference over the larger of 1 and their root mean square."""
+
 EXACT_MAX_ABS = 2e-3
 """L4: logits of the artifact with float32 activations against the canonical graph over the same stored weights."""
+
+EXACT_FEATURES = 2e-3
+"""L4: as `GRAPH_FEATURES`, of the artifact with float32 activations."""
 
 MIN_SNR_DB = {32: 120.0, 16: 55.0, 8: 25.0, 4: 10.0}
 """L3: by bits of the format. White noise would give 20 dB at 4 bits and a block of 32; measured 19 to 22."""
@@ -31,6 +37,12 @@ def snr_floor(fmt: Format) -> float:
 SHIPPED_KL = {"float": 1e-5, "int8": 0.05, "int4": 0.05}
 """L4: mean KL in nats between the canonical graph over the stored weights and the artifact as shipped, whose integer
 kernels round activations to int8 per block."""
+
+SHIPPED_FEATURES = {"float": 1e-3, "int8": 0.1, "int4": 0.1}
+"""L4: root mean square of the difference that rounding activations makes in an encoder, over that of the outputs."""
+
+REFERENCE_FEATURES = {"float": 1e-3, "int8": 0.15, "int4": 0.5}
+"""L5: the same from the original model to the artifact."""
 
 REFERENCE_KL = {"float": 1e-4, "int8": 0.15, "int4": 0.8}
 """L5: mean KL in nats from transformers' model to the artifact. Measured 3e-11, 0.02 and 0.29 to 0.41."""

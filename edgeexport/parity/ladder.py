@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,8 @@ from edgeexport.core import (
     Array,
     CanonicalModel,
     Dim,
+    Example,
+    OracleModel,
     ParityResult,
     QuantPlan,
     TensorRef,
@@ -29,42 +32,85 @@ from edgeexport.core import (
 )
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins, max_abs, rms
-from edgeexport.parity.streaming import Call, Rows, StreamedGraph, Trail
+from edgeexport.parity.streaming import Rows, StreamedGraph
 from edgeexport.quant.stats import WeightStats, compare_rows
-from edgeexport.session.runner import DecoderRunner
+from edgeexport.session.inputs import Inputs, Run
+from edgeexport.session.preprocess import Preprocess
+from edgeexport.session.runner import Call, DecoderRunner
+from edgeexport.session.session import Session
 
 DECODE_STEPS = 8
 """Decode calls of the numeric levels, after a prefill and a second chunk that meets a filled cache."""
+
+DECODER = "decoder"
 
 ROW_BLOCK = 1 << 20
 """Elements of a weight compared at a time."""
 
 
-class OpenRunner(Protocol):
-    """Opens the artifact that was written; `exact` asks for float32 activations where the runtime can."""
+class Opened(Protocol):
+    """The artifacts of a model, open on this machine."""
 
-    def __call__(self, *, exact: bool = False) -> DecoderRunner: ...
+    decoder: DecoderRunner
+
+    def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a component without state."""
+
+    def close(self) -> None:
+        """Release everything."""
+
+
+class Open(Protocol):
+    """Opens the artifacts that were written; `exact` asks for float32 activations where the runtime can."""
+
+    def __call__(self, *, exact: bool = False) -> Opened: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One component: its canonical graph (one for each variant), and how its weights are stored."""
+
+    models: tuple[CanonicalModel, ...]
+    plan: QuantPlan
+    read_signature: Callable[[str], Mapping[str, TensorSpec]]
+    """Opens a variant's artifact in its runtime without making it ready to run: inputs and outputs by name."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A smaller picture for L2, where the ones that were built would take too long: the same modules traced for a
+    grid that is not shipped. `work` is what L2 would take with the shipped ones, in floating point operations."""
+
+    models: tuple[CanonicalModel, ...]
+    shown: Mapping[str, Example]
+    work: float
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One decoder with everything that the ladder compares."""
+    """One model with everything that the ladder compares. `parts` end with the decoder."""
 
-    model: CanonicalModel
-    plan: QuantPlan
-    config: Mapping[str, Any]
+    parts: Mapping[str, Part]
+    contract: Preprocess | None
     tensors: Mapping[str, TensorRef]
     unused: frozenset[str]
     checkpoint_rows: Rows
     """By checkpoint name."""
     stored_rows: Rows
-    """By checkpoint name: what the artifact's files hold, read back and dequantised."""
-    read_signature: Callable[[], Mapping[str, TensorSpec]]
-    """Opens the artifact in its runtime without making it ready to run: inputs and outputs by name."""
-    open_runner: OpenRunner
-    prompts: Sequence[Array]
+    """By checkpoint name: what the artifacts' files hold, read back and dequantised."""
+    open: Open
+    oracle: Callable[[], OracleModel]
+    prompts: Sequence[Example]
+    """Texts."""
+    shown: Mapping[str, Example]
+    """Prompts with pictures or sound, by a name for people."""
     answer_tokens: int
     overrides: Mapping[str, Any]
+    probe: Probe | None = None
+
+    @property
+    def decoder(self) -> Part:
+        return self.parts[DECODER]
 
 
 @dataclass
@@ -74,7 +120,8 @@ class Climb:
     results: list[ParityResult] = field(default_factory=list)
     drift: list[dict[str, Any]] = field(default_factory=list)
     weights: list[dict[str, Any]] = field(default_factory=list)
-    golden: dict[str, Array] = field(default_factory=dict)
+    golden: dict[str, dict[str, Array]] = field(default_factory=dict)
+    """Golden vectors by the name of what was asked."""
     golden_gates: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -100,12 +147,49 @@ def climb(subject: Subject, level: str, watch: Watch) -> Climb:
     }
     for rung, climb_rung in rungs.items():
         if rung not in wanted:
-            state.results.append(_not_run(subject, rung, f"--parity {level} ends below it"))
+            state.results += [_not_run(part, rung, f"--parity {level} ends below it") for part in subject.parts]
         elif state.failed:
-            state.results.append(_not_run(subject, rung, "a level below failed"))
+            state.results += [_not_run(part, rung, "a level below failed") for part in subject.parts]
         else:
             climb_rung(evidence, state)
     return state
+
+
+@dataclass(frozen=True, eq=False)
+class _Sequence:
+    """What the numeric levels feed: a prompt in two chunks, the second meeting a filled cache, then single tokens."""
+
+    name: str
+    example: Example
+    cuts: tuple[int, ...]
+    prompt_calls: int
+
+    @classmethod
+    def of(cls, name: str, prompt: Example) -> _Sequence:
+        """The tokens that follow the prompt are its own text backwards: no placeholder of a picture among them."""
+        tokens = prompt.tokens
+        placeholders = {int(token) for token in tokens} if not prompt.encoder_inputs else _text_tokens(tokens)
+        text = np.array([token for token in tokens[::-1] if int(token) in placeholders], np.int64)
+        half = max(1, len(tokens) - 5)
+        starts = [0, *([half] if half < len(tokens) else [])]
+        whole = np.concatenate([tokens, np.resize(text, DECODE_STEPS)])
+        cuts = (*starts, *range(len(tokens), len(whole) + 1))
+        return cls(name, replace(prompt, tokens=whole), cuts, len(starts))
+
+    @property
+    def last(self) -> Array:
+        """The last token of each call."""
+        return np.array(self.cuts[1:]) - 1
+
+
+@dataclass
+class _Outcome:
+    """What one way of running the model gave: logits [calls, V] of each sequence, what the components without state
+    gave, in the order of their calls, and the decoder's hidden states of the first sequence."""
+
+    logits: dict[str, Array] = field(default_factory=dict)
+    made: dict[str, list[Array]] = field(default_factory=dict)
+    hidden: Mapping[str, Array] = field(default_factory=dict)
 
 
 class _Evidence:
@@ -113,70 +197,147 @@ class _Evidence:
 
     def __init__(self, subject: Subject, watch: Watch) -> None:
         self.subject, self.watch = subject, watch
-        prompt = max(subject.prompts, key=len)
-        half = max(1, len(prompt) - 5)
-        self.sequence = np.concatenate([prompt, np.resize(prompt[::-1], DECODE_STEPS)])
-        self.calls = [Call(prompt[:half], 0)]
-        if half < len(prompt):
-            self.calls.append(Call(prompt[half:], half))
-        self.prompt_calls = len(self.calls)
-        self.calls += [Call(self.sequence[i : i + 1], i) for i in range(len(prompt), len(self.sequence))]
+        text = _Sequence.of("text", max(subject.prompts, key=lambda prompt: len(prompt.tokens)))
+        shown = [_Sequence.of(name, prompt) for name, prompt in subject.shown.items()]
+        self.sequences = [text, *shown]
+        """What the artifacts are asked."""
+        self.probing = self.sequences
+        """What L2 asks."""
+        if subject.probe is not None:
+            self.probing = [text, *(_Sequence.of(name, prompt) for name, prompt in subject.probe.shown.items())]
 
     @cached_property
-    def oracle(self) -> Trail:
-        """transformers' model: logits [calls, V], and the hidden states after each layer."""
+    def probed(self) -> _Outcome:
+        """The unmodified model, asked what L2 asks."""
+        return self._run_oracle(self.probing)
+
+    @cached_property
+    def oracle(self) -> _Outcome:
+        """The unmodified model, asked what the artifacts are asked."""
+        return self.probed if self.subject.probe is None else self._run_oracle(self.sequences)
+
+    def _run_oracle(self, sequences: Sequence[_Sequence]) -> _Outcome:
         from edgeexport.parity.reference import Reference
 
-        last = np.array([call.position + len(call.tokens) - 1 for call in self.calls])
-        with self.watch("Running transformers' model"):
-            reference = Reference(self.subject.config, self.subject.checkpoint_rows)
-            answer = reference.answers([self.sequence], [int(last[0])])[0]
-        return Trail(answer.logits[last - answer.first], reference.hidden(0, len(self.sequence)))
+        with self.watch("Running the original model"):
+            reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
+            firsts = [int(sequence.last[0]) for sequence in sequences]
+            answers = reference.answers([sequence.example for sequence in sequences], firsts)
+        outcome = _Outcome(hidden=reference.hidden(0, len(sequences[0].example.tokens)))
+        for sequence, answer in zip(sequences, answers, strict=True):
+            outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
+        outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}
+        return outcome
+
+    def run_graph(self, sequences: Sequence[_Sequence], rows: Rows, title: str) -> _Outcome:
+        """The canonical graphs over these weights (by checkpoint name)."""
+        outcome = _Outcome()
+        probes = self.subject.probe.models if self.subject.probe is not None else ()
+
+        def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+            models = (*self.subject.parts[component].models, *probes)
+            model = next(each for each in models if each.component == component and each.variant == variant)
+            outputs = StreamedGraph(model).run([inputs], _by_name(model, rows)).outputs[0]
+            outcome.made.setdefault(component, []).extend(outputs.values())
+            return outputs
+
+        with self.watch(title) as progress:
+            calls = [self._calls(sequence, run) for sequence in sequences]
+            model = self.subject.decoder.models[0]
+            flat = [call.inputs() for each in calls for call in each]
+            trail = StreamedGraph(model).run(flat, _by_name(model, rows), progress)
+        start = 0
+        for sequence, each in zip(sequences, calls, strict=True):
+            outcome.logits[sequence.name] = trail.logits[start : start + len(each)]
+            start += len(each)
+        first = len(sequences[0].example.tokens)
+        outcome.hidden = {stage: states[:first] for stage, states in trail.hidden.items()}
+        return outcome
 
     @cached_property
-    def shipped(self) -> Array:
-        """Logits [calls, V] of the artifact as it ships."""
-        return self.run_artifact(exact=False)
+    def shipped(self) -> _Outcome:
+        """The artifacts as they ship."""
+        return self.run_artifacts(exact=False)
 
-    def run_artifact(self, *, exact: bool) -> Array:
-        """Logits [calls, V] of the artifact."""
-        runner = self.subject.open_runner(exact=exact)
-        try:
-            return np.stack([runner.step(call.tokens, call.position).copy() for call in self.calls])
-        finally:
-            runner.close()
+    def run_artifacts(self, *, exact: bool) -> _Outcome:
+        """The artifacts in their runtime."""
+        outcome = _Outcome()
+        opened = self.subject.open(exact=exact)
 
-    def greedy(self) -> list[Array]:
-        """The artifact's greedy continuation of every prompt: prompt and answer together."""
-        runner = self.subject.open_runner()
-        sequences = []
+        def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+            outputs = opened.run(component, variant, inputs)
+            outcome.made.setdefault(component, []).extend(outputs.values())
+            return outputs
+
         try:
-            with self.watch("Answering with the artifact") as progress:
-                for done, prompt in enumerate(self.subject.prompts):
-                    tokens = list(prompt)
-                    logits = runner.step(prompt, 0)
-                    for _ in range(self.subject.answer_tokens):
-                        tokens.append(int(np.argmax(logits)))
-                        if len(tokens) >= runner.context:
-                            break
-                        logits = runner.step(np.array(tokens[-1:], np.int64), len(tokens) - 1)
-                    sequences.append(np.array(tokens, np.int64))
-                    progress(done + 1, len(self.subject.prompts))
+            for sequence in self.sequences:
+                calls = self._calls(sequence, run)
+                outcome.logits[sequence.name] = np.stack(
+                    [opened.decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
+                )
         finally:
-            runner.close()
-        return sequences
+            opened.close()
+        return outcome
+
+    def greedy(self) -> list[Example]:
+        """The artifact's greedy continuation of every prompt, through the session that ships."""
+        opened = self.subject.open()
+        contract = self.subject.contract
+        session = Session(opened.decoder, Inputs(contract, opened.run, opened.close) if contract else None)
+        prompts = [*self.subject.prompts, *self.subject.shown.values()]
+        answered = []
+        with session, self.watch("Answering with the artifact") as progress:
+            for done, prompt in enumerate(prompts):
+                session.reset()
+                features = [session.inputs.encode(each) for each in prompt.encoder_inputs] if session.inputs else []
+                tokens = [int(token) for token in prompt.tokens]
+                logits = session.prefill(prompt.tokens, features)
+                for _ in range(self.subject.answer_tokens):
+                    tokens.append(int(np.argmax(logits)))
+                    if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
+                        break
+                    logits = session.decode(tokens[-1])
+                answered.append(replace(prompt, tokens=np.array(tokens, np.int64)))
+                progress(done + 1, len(prompts))
+        return answered
+
+    def _calls(self, sequence: _Sequence, run: Run) -> list[Call]:
+        """The decoder's calls, what it is fed made by `run`."""
+        tokens = sequence.example.tokens
+        fed, rope = tokens, None
+        if self.subject.contract is not None:
+            inputs = Inputs(self.subject.contract, run)  # how a picture is joined does not depend on its grid
+            features = [inputs.encode(each) for each in sequence.example.encoder_inputs]
+            made = inputs.feed(tokens, features, 0)
+            fed, rope = made.embeds, made.rope
+        return [
+            Call(fed[start:stop], start, None if rope is None else rope[:, start:stop])
+            for start, stop in pairwise(sequence.cuts)
+        ]
+
+
+def _text_tokens(tokens: Array) -> set[int]:
+    """Ids that do not follow themselves: a picture's placeholder does."""
+    repeated = {int(a) for a, b in pairwise(tokens) if a == b}
+    return {int(token) for token in tokens} - repeated or {int(tokens[0])}
+
+
+def _is_placeholder(contract: Preprocess | None, token: int) -> bool:
+    return contract is not None and token == contract.image_token_id
 
 
 def _opens(evidence: _Evidence, state: Climb) -> None:
-    """L1: the runtime opens the artifact, and its inputs and outputs are those that the canonical graph promises."""
-    subject = evidence.subject
-    found = subject.read_signature()
-    promised = {spec.name: spec for spec in (*subject.model.inputs, *subject.model.outputs)}
-    wrong = sorted(found.keys() ^ promised.keys())
-    wrong += [name for name in found.keys() & promised.keys() if not _fits(found[name], promised[name])]
-    metrics = {"names": len(found), "differing": len(wrong), "nodes": len(subject.model.graph.graph)}
-    note = f"differing: {', '.join(wrong[:3])}" if wrong else "dialect verified; the runtime opens it"
-    state.results.append(_row(subject, "L1", "signatures", metrics, {"differing": 0}, not wrong, note))
+    """L1: the runtime opens each artifact, and its inputs and outputs are those that the canonical graph promises."""
+    for name, part in evidence.subject.parts.items():
+        for model in part.models:
+            found = part.read_signature(model.variant)
+            promised = {spec.name: spec for spec in (*model.inputs, *model.outputs)}
+            wrong = sorted(found.keys() ^ promised.keys())
+            wrong += [name for name in found.keys() & promised.keys() if not _fits(found[name], promised[name])]
+            metrics = {"names": len(found), "differing": len(wrong), "nodes": len(model.graph.graph)}
+            note = f"differing: {', '.join(wrong[:3])}" if wrong else "dialect verified; the runtime opens it"
+            title = f"signatures {model.variant}".rstrip()
+            state.results.append(_row(name, "L1", title, metrics, {"differing": 0}, not wrong, note))
 
 
 def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
@@ -187,113 +348,164 @@ def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
 
 
 def _graph(evidence: _Evidence, state: Climb) -> None:
-    """L2: the canonical graph against transformers' model, both over the checkpoint's weights in float32."""
-    subject = evidence.subject
-    with evidence.watch("Running the canonical graph") as progress:
-        trail = StreamedGraph(subject.model).run(evidence.calls, _by_name(subject, subject.checkpoint_rows), progress)
+    """L2: the canonical graphs against the original model, both over the checkpoint's weights in float32."""
+    subject, oracle = evidence.subject, evidence.probed
+    graph = evidence.run_graph(evidence.probing, subject.checkpoint_rows, "Running the canonical graph")
+    limit = gates.gate(subject.overrides, "L2", "features", gates.GRAPH_FEATURES)
+    for name, part in subject.parts.items():
+        if name == DECODER:
+            continue
+        probes = [each for each in subject.probe.models if each.component == name] if subject.probe else []
+        title = ", ".join(["features", *(model.variant for model in probes or part.models if model.variant)])
+        state.results.append(_features_row(name, "L2", title, oracle, graph, "max_abs", limit))
+        if probes and subject.probe is not None:
+            grids = ", ".join(model.variant for model in part.models)
+            why = f"{subject.probe.work / 1e12:.0f} trillion operations at this level; L4 and L5 run this grid"
+            state.results.append(ParityResult(name, "L2", f"features, {grids}", {}, {}, Verdict.NOT_RUN, why))
     limit = gates.gate(subject.overrides, "L2", "max_abs", gates.GRAPH_MAX_ABS)
-    worst = max_abs(evidence.oracle.logits, trail.logits)
-    metrics = {"max_abs": worst, "steps": len(evidence.calls), "logit_max": float(np.abs(evidence.oracle.logits).max())}
-    state.results.append(_row(subject, "L2", "logits", metrics, {"max_abs": limit}, worst <= limit))
-    state.drift = _drift(evidence.oracle.hidden, trail.hidden)
-    state.golden = {
-        "tokens": evidence.sequence,
-        "prefill": np.array([len(evidence.sequence) - DECODE_STEPS], np.int64),
-        "reference_logits": _golden_rows(evidence, evidence.oracle.logits),
-    }
-    state.golden_gates["kl"] = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[_kind(subject)])
+    for sequence in evidence.probing:
+        want, got = oracle.logits[sequence.name], graph.logits[sequence.name]
+        worst = max_abs(want, got)
+        metrics = {"max_abs": worst, "steps": len(want), "logit_max": float(np.abs(want).max())}
+        state.results.append(
+            _row(DECODER, "L2", _title("logits", sequence), metrics, {"max_abs": limit}, worst <= limit)
+        )
+        if sequence in evidence.sequences:
+            state.golden[sequence.name] = _golden(sequence, want)
+    state.drift = _drift(oracle.hidden, graph.hidden)
+    state.golden_gates["kl"] = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[_kind(subject.decoder)])
 
 
 def _weights(evidence: _Evidence, state: Climb) -> None:
-    """L3: what the files hold against the checkpoint, tensor by tensor, and every tensor used exactly once."""
+    """L3: what the files hold against the checkpoint, tensor by tensor, and every tensor used."""
     subject = evidence.subject
-    groups: dict[tuple[str, str], list[tuple[float, float, str, bool]]] = {}
-    names = {ref.name for ref in subject.model.weights.values()}
-    with evidence.watch("Comparing stored weights") as progress, ThreadPoolExecutor(2) as pool:
-        compared = pool.map(lambda ref: _compare_weight(subject, ref), subject.model.weights.values())
-        for done, (name, stats) in enumerate(zip(subject.model.weights, compared, strict=True)):
-            fmt = subject.plan.formats[name]
-            floor = gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(fmt))
-            good = stats.nonfinite == 0 and stats.snr_db >= floor and stats.added_zero_share <= gates.MAX_ADDED_ZEROS
-            kind = subject.plan.classes[name]
-            groups.setdefault((kind, fmt.name), []).append((stats.snr_db, stats.added_zero_share, name, good))
-            figures = {"snr_db": stats.snr_db, "zero_share": stats.zero_share}
-            state.weights.append({"tensor": name, "class": kind, "format": fmt.name, **figures})
-            progress(done + 1, len(subject.model.weights))
-    for (group, fmt_name), found in sorted(groups.items()):
-        snr, _, worst_name, _ = min(found)
-        bad = [name for *_, name, good in found if not good]
-        bits = {fmt.name: fmt for fmt in subject.plan.formats.values()}[fmt_name]
-        gate = {"min_snr_db": gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(bits))}
-        metrics = {"min_snr_db": snr, "added_zeros": max(share for _, share, *_ in found), "tensors": len(found)}
-        note = f"failing: {', '.join(bad[:3])}" if bad else f"least at {worst_name}"
-        state.results.append(_row(subject, "L3", f"{group} {fmt_name}", metrics, gate, not bad, note))
-    left = sorted(subject.tensors.keys() - names - subject.unused)
-    metrics = {"used": len(names), "left_over": len(left), "not_read": len(subject.unused)}
-    note = (
-        f"no part of the model reads {', '.join(left[:3])}" if left else "every tensor of the checkpoint is used once"
-    )
-    state.results.append(_row(subject, "L3", "coverage", metrics, {"left_over": 0}, not left, note))
+    used: set[str] = set()
+    for component, part in subject.parts.items():
+        groups: dict[tuple[str, str], list[tuple[float, float, str, bool]]] = {}
+        weights = part.models[0].weights
+        used |= {ref.name for ref in weights.values()}
+        with evidence.watch(f"Comparing stored weights of {component}") as progress, ThreadPoolExecutor(2) as pool:
+            compared = pool.map(lambda ref: _compare_weight(subject, ref), weights.values())
+            for done, (name, stats) in enumerate(zip(weights, compared, strict=True)):
+                fmt = part.plan.formats[name]
+                floor = gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(fmt))
+                good = (
+                    stats.nonfinite == 0 and stats.snr_db >= floor and stats.added_zero_share <= gates.MAX_ADDED_ZEROS
+                )
+                kind = part.plan.classes[name]
+                groups.setdefault((kind, fmt.name), []).append((stats.snr_db, stats.added_zero_share, name, good))
+                figures = {"snr_db": stats.snr_db, "zero_share": stats.zero_share}
+                state.weights.append({"tensor": name, "class": kind, "format": fmt.name, **figures})
+                progress(done + 1, len(weights))
+        bits = {fmt.name: fmt for fmt in part.plan.formats.values()}
+        for (group, fmt_name), found in sorted(groups.items()):
+            snr, _, worst_name, _ = min(found)
+            bad = [name for *_, name, good in found if not good]
+            gate = {"min_snr_db": gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(bits[fmt_name]))}
+            metrics = {"min_snr_db": snr, "added_zeros": max(share for _, share, *_ in found), "tensors": len(found)}
+            note = f"failing: {', '.join(bad[:3])}" if bad else f"least at {worst_name}"
+            state.results.append(_row(component, "L3", f"{group} {fmt_name}", metrics, gate, not bad, note))
+    left = sorted(subject.tensors.keys() - used - subject.unused)
+    metrics = {"used": len(used), "left_over": len(left), "not_read": len(subject.unused)}
+    note = f"no part of the model reads {', '.join(left[:3])}" if left else "every tensor of the checkpoint is used"
+    state.results.append(_row("model", "L3", "coverage", metrics, {"left_over": 0}, not left, note))
 
 
 def _lowering(evidence: _Evidence, state: Climb) -> None:
-    """L4: the artifact against the canonical graph over the very weights that the artifact stores."""
-    subject = evidence.subject
-    kind = _kind(subject)
-    shipped = evidence.shipped
-    rounds = kind != "float"  # integer kernels round activations too; float ones have nothing to set apart
-    exact = evidence.run_artifact(exact=True) if rounds else shipped
-    with evidence.watch("Running the dequantised graph") as progress:
-        trail = StreamedGraph(subject.model).run(evidence.calls, _by_name(subject, subject.stored_rows), progress)
+    """L4: the artifacts against the canonical graphs over the very weights that the artifacts store."""
+    subject, shipped = evidence.subject, evidence.shipped
+    rounds = any(_kind(part) != "float" for part in subject.parts.values())  # integer kernels round activations too
+    exact = evidence.run_artifacts(exact=True) if rounds else shipped
+    graph = evidence.run_graph(evidence.sequences, subject.stored_rows, "Running the dequantised graph")
+    how = ", float32 activations" if rounds else ""
+    why = "the lowering, apart from the rounding of activations" if rounds else ""
+    features = gates.gate(subject.overrides, "L4", "features", gates.EXACT_FEATURES)
+    for name in subject.parts:
+        if name == DECODER:
+            continue
+        state.results.append(_features_row(name, "L4", f"features{how}", graph, exact, "max_abs", features, why))
+        if _kind(subject.parts[name]) != "float":
+            limit = gates.SHIPPED_FEATURES[_kind(subject.parts[name])]
+            state.results.append(_features_row(name, "L4", "features, as shipped", graph, shipped, "rms", limit))
     limit = gates.gate(subject.overrides, "L4", "max_abs", gates.EXACT_MAX_ABS)
-    worst = max_abs(trail.logits, exact)
-    state.results.append(
-        _row(
-            subject, "L4", "logits, float32 activations" if rounds else "logits",
-            {"max_abs": worst, "steps": len(exact)}, {"max_abs": limit}, worst <= limit,
-            "the lowering, apart from the rounding of activations" if rounds else "",
-        )
-    )  # fmt: skip
-    change = max_abs(trail.logits, shipped)
-    if rounds:
-        kl = float(kl_divergence(trail.logits, shipped).mean())
-        most = gates.SHIPPED_KL[kind]
-        metrics = {"kl": kl, "max_abs": change, "steps": len(shipped)}
-        state.results.append(_row(subject, "L4", "logits, as shipped", metrics, {"kl": most}, kl <= most))
-    state.drift = _drift(evidence.oracle.hidden, trail.hidden)
-    state.golden["artifact_logits"] = _golden_rows(evidence, shipped)
+    change = 0.0
+    for sequence in evidence.sequences:
+        want = graph.logits[sequence.name]
+        worst = max_abs(want, exact.logits[sequence.name])
+        metrics = {"max_abs": worst, "steps": len(want)}
+        title = _title(f"logits{how}", sequence)
+        state.results.append(_row(DECODER, "L4", title, metrics, {"max_abs": limit}, worst <= limit, why))
+        off = max_abs(want, shipped.logits[sequence.name])
+        change = max(change, off)
+        if rounds:
+            kl = float(kl_divergence(want, shipped.logits[sequence.name]).mean())
+            most = gates.SHIPPED_KL[_kind(subject.decoder)]
+            metrics = {"kl": kl, "max_abs": off, "steps": len(want)}
+            title = _title("logits, as shipped", sequence)
+            state.results.append(_row(DECODER, "L4", title, metrics, {"kl": most}, kl <= most))
+        golden = state.golden.setdefault(sequence.name, _golden(sequence, evidence.oracle.logits[sequence.name]))
+        golden["artifact_logits"] = _golden_rows(sequence, shipped.logits[sequence.name])
+    state.drift = _drift(evidence.oracle.hidden, graph.hidden)
     # Other processors' kernels round differently, by no more than rounding changed here.
     state.golden_gates["max_abs"] = max(gates.EXACT_MAX_ABS, change)
 
 
 def _behaviour(evidence: _Evidence, state: Climb) -> None:
-    """L5: greedy answers of the artifact, judged token by token by the two models it stands for."""
+    """L5: greedy answers of the artifacts, judged token by token by the two models they stand for."""
     from edgeexport.parity.reference import Reference
 
-    subject = evidence.subject
-    kind = _kind(subject)
-    sequences = evidence.greedy()
-    firsts = [len(prompt) - 1 for prompt in subject.prompts]
+    subject, oracle, shipped = evidence.subject, evidence.oracle, evidence.shipped
+    kind = _kind(subject.decoder)
+    for name, part in subject.parts.items():
+        if name != DECODER:
+            limit = gates.gate(subject.overrides, "L5", "features", gates.REFERENCE_FEATURES[_kind(part)])
+            title = "features, against the original"
+            state.results.append(_features_row(name, "L5", title, oracle, shipped, "rms", limit))
+    answered = evidence.greedy()
+    prompts = [*subject.prompts, *subject.shown.values()]
+    firsts = [len(prompt.tokens) - 1 for prompt in prompts]
     tie = gates.gate(subject.overrides, "L5", "near_tie", gates.NEAR_TIE[kind])
+    asked = [replace(each, tokens=each.tokens[:-1]) for each in answered]
     for level, title, rows in (
         ("L4", "tokens, against the stored weights", subject.stored_rows),
         ("L5", "tokens, against transformers", subject.checkpoint_rows),
     ):
         with evidence.watch(f"Judging {title.removeprefix('tokens, ')}"):
-            answers = Reference(subject.config, rows).answers([s[:-1] for s in sequences], firsts)
-        agree, near, total = _agreement([a.logits for a in answers], sequences, firsts, tie)
+            answers = Reference(subject.oracle(), rows).answers(asked, firsts)
+        agree, near, total = _agreement([a.logits for a in answers], [a.tokens for a in answered], firsts, tie)
         decided = total - near
         share = agree / decided if decided else 0.0
         least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[kind])
         row = _row(
-            subject, level, title, {"top1": share, "ambiguous": near, "tokens": total},
+            DECODER, level, title, {"top1": share, "ambiguous": near, "tokens": total},
             {"top1": least, "near_tie": tie}, share >= least,
             f"{agree} of {decided} decided tokens agree; {near} near a tie are set aside",
         )  # fmt: skip
         state.results.append(row if decided else replace(row, verdict=Verdict.AMBIGUOUS))
-    kl = float(kl_divergence(evidence.oracle.logits, evidence.shipped).mean())
     limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[kind])
-    state.results.append(_row(subject, "L5", "logits, against transformers", {"kl": kl}, {"kl": limit}, kl <= limit))
+    for sequence in evidence.sequences:
+        kl = float(kl_divergence(oracle.logits[sequence.name], shipped.logits[sequence.name]).mean())
+        title = _title("logits, against transformers", sequence)
+        state.results.append(_row(DECODER, "L5", title, {"kl": kl}, {"kl": limit}, kl <= limit))
+
+
+def _features_row(
+    component: str, level: str, title: str, want: _Outcome, got: _Outcome, metric: str, limit: float, note: str = ""
+) -> ParityResult:
+    """A component's outputs, all calls together. Both metrics are relative to the outputs' own root mean square."""
+    pairs = list(zip(want.made.get(component, []), got.made.get(component, []), strict=True))
+    if not pairs:
+        why = "no prompt of the ladder uses it"
+        return ParityResult(component, level, title, {}, {}, Verdict.NOT_RUN, why)
+    left, right = (np.concatenate([each[side].reshape(-1) for each in pairs]) for side in (0, 1))
+    scale = rms(left) or 1.0
+    found = max_abs(left, right) / max(1.0, scale) if metric == "max_abs" else rms(left - right) / scale
+    metrics = {metric: found, "rms_of_features": scale, "values": left.size}
+    return _row(component, level, title, metrics, {metric: limit}, found <= limit, note)
+
+
+def _title(what: str, sequence: _Sequence) -> str:
+    return what if sequence.name == "text" else f"{what} ({sequence.name})"
 
 
 def _agreement(
@@ -324,14 +536,28 @@ def _compare_weight(subject: Subject, ref: TensorRef) -> WeightStats:
     return stats
 
 
-def _by_name(subject: Subject, rows: Rows) -> Rows:
-    """From initializer names to checkpoint names."""
-    return lambda name, start, stop: rows(subject.model.weights[name].name, start, stop)
+def _by_name(model: CanonicalModel, rows: Rows) -> Rows:
+    """From initializer names to checkpoint names; a kernel that is read as a matrix, as its rows."""
+
+    def read(name: str, start: int, stop: int) -> Array:
+        ref = model.weights[name]
+        return rows(ref.name, start, stop).reshape(-1, *ref.shape[1:])
+
+    return read
 
 
-def _golden_rows(evidence: _Evidence, logits: Array) -> Array:
+def _golden(sequence: _Sequence, reference: Array) -> dict[str, Array]:
+    tokens = sequence.example.tokens
+    return {
+        "tokens": tokens,
+        "prefill": np.array([len(tokens) - DECODE_STEPS], np.int64),
+        "reference_logits": _golden_rows(sequence, reference),
+    }
+
+
+def _golden_rows(sequence: _Sequence, logits: Array) -> Array:
     """The rows after the whole prompt and after each token that follows it."""
-    return np.ascontiguousarray(logits[evidence.prompt_calls - 1 :], np.float32)
+    return np.ascontiguousarray(logits[sequence.prompt_calls - 1 :], np.float32)
 
 
 def _drift(oracle: Mapping[str, Array], graph: Mapping[str, Array]) -> list[dict[str, Any]]:
@@ -347,21 +573,25 @@ def _drift(oracle: Mapping[str, Array], graph: Mapping[str, Array]) -> list[dict
     ]
 
 
-def _kind(subject: Subject) -> str:
+def _kind(part: Part) -> str:
+    """The scheme's kind, by the smallest integers that the component multiplies by."""
+    multiplied = ("linear", "encoder")
     bits = [
-        fmt.bits for name, fmt in subject.plan.formats.items() if subject.plan.classes[name] == "linear" and fmt.integer
+        fmt.bits for name, fmt in part.plan.formats.items() if part.plan.classes[name] in multiplied and fmt.integer
     ]
+    if not bits:
+        bits = [fmt.bits for fmt in part.plan.formats.values() if fmt.integer]
     return gates.kind(min(bits, default=32))
 
 
 def _row(
-    subject: Subject, level: str, output: str, metrics: Mapping[str, float | int],
+    component: str, level: str, output: str, metrics: Mapping[str, float | int],
     gate: Mapping[str, float | int], good: bool, note: str = "",
 ) -> ParityResult:  # fmt: skip
     finite = all(np.isfinite(value) or value == np.inf for value in metrics.values())
     verdict = Verdict.PASS if good and finite else Verdict.FAIL
-    return ParityResult(subject.model.component, level, output, dict(metrics), dict(gate), verdict, note)
+    return ParityResult(component, level, output, dict(metrics), dict(gate), verdict, note)
 
 
-def _not_run(subject: Subject, level: str, why: str) -> ParityResult:
-    return ParityResult(subject.model.component, level, "-", {}, {}, Verdict.NOT_RUN, why)
+def _not_run(component: str, level: str, why: str) -> ParityResult:
+    return ParityResult(component, level, "-", {}, {}, Verdict.NOT_RUN, why)

@@ -8,7 +8,6 @@ a part: a Linear beyond `LARGE_BYTES` is multiplied in row chunks.
 from __future__ import annotations
 
 import types
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from edgeexport.core import Array
-from edgeexport.families.stages import transformers_config
+from edgeexport.core import Array, Example, OracleModel
 from edgeexport.parity.streaming import LARGE_BYTES, Rows
 
 
@@ -32,75 +29,90 @@ class Answer:
 
 
 class Reference:
-    """transformers' model over weights that `rows` gives by checkpoint name. float32, no cache, no sampling."""
+    """A family's unmodified model over weights that `rows` gives by checkpoint name. float32, no cache."""
 
-    def __init__(self, config: Mapping[str, Any], rows: Rows) -> None:
-        settings = transformers_config(config)
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            self._model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32).eval()
-        # Buffers are not weights; they are made anew with storage.
-        self._model.model.rotary_emb = type(self._model.model.rotary_emb)(settings)
+    def __init__(self, oracle: OracleModel, rows: Rows) -> None:
+        self._oracle = oracle
         self._rows = rows
         self._hidden: dict[str, Array] = {}
-        self._model.tie_weights()
-        known = {id(p): name for name, p in self._model.named_parameters()}  # a tied weight has one name: the first
-        for module in self._model.modules():
+        self._made: dict[str, list[Array]] = {component: [] for component in oracle.encoders}
+        model = oracle.model
+        known: dict[int, str] = {}  # a tied weight has one name: the first
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            known.setdefault(id(tensor), name)
+        for module in model.modules():
             names = {key: known[id(p)] for key, p in module._parameters.items() if p is not None}
+            # a buffer of the checkpoint (a norm's running mean) is a weight here; others were made with storage
+            kept = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+            names |= {key: known[id(b)] for key, b in kept.items()}
             if names:
                 self._attach(module, names)
-        for i, layer in enumerate(self._model.model.layers):
+        for i, layer in enumerate(oracle.layers):
             layer.register_forward_hook(self._keep_hidden(f"layers.{i}"))
+        for component, (module, read) in oracle.encoders.items():
+            module.register_forward_hook(self._keep_made(component, read))
 
-    def answers(self, sequences: Sequence[Array], firsts: Sequence[int]) -> list[Answer]:
-        """Logits of every sequence (int64 [T]) after token `first` and each later one, in one pass.
+    def answers(self, examples: Sequence[Example], firsts: Sequence[int]) -> list[Answer]:
+        """Logits of every example's tokens (int64 [T]) after token `first` and each later one, in one pass where the
+        model takes a batch.
 
         Sequences are padded at the end; a causal model's earlier positions cannot see that.
         """
-        length = max(len(sequence) for sequence in sequences)
-        batch = np.zeros((len(sequences), length), np.int64)
-        for row, sequence in zip(batch, sequences, strict=True):
-            row[: len(sequence)] = sequence
-        start = min(firsts)
         self._hidden.clear()
+        for made in self._made.values():
+            made.clear()
         with torch.no_grad():
-            out = self._model(
-                input_ids=torch.from_numpy(batch), use_cache=False, logits_to_keep=torch.arange(start, length)
-            )
-        logits = out.logits.numpy()
+            logits = self._oracle.logits(examples, min(firsts))
+        start = min(firsts)
         return [
-            Answer(first, logits[i, first - start : len(sequence) - start])
-            for i, (sequence, first) in enumerate(zip(sequences, firsts, strict=True))
+            Answer(first, logits[i][first - start : len(example.tokens) - start])
+            for i, (example, first) in enumerate(zip(examples, firsts, strict=True))
         ]
 
     def hidden(self, sequence: int, length: int) -> dict[str, Array]:
         """The last pass's hidden state after each layer: float32 [length, hidden], by stage name."""
         return {name: states[sequence, :length] for name, states in self._hidden.items()}
 
+    def made(self, component: str) -> list[Array]:
+        """What a component without state gave in the last pass, call by call: float32 [.., width] each."""
+        return self._made[component]
+
     def _attach(self, module: nn.Module, names: Mapping[str, str]) -> None:
         """Let `module` find its weights when it is called, and none at other times."""
-        if isinstance(module, nn.Embedding):
+        if type(module) is nn.Embedding and module.weight.shape[0] > 4096:
             module.forward = types.MethodType(_embed(names["weight"], self._rows), module)
         elif isinstance(module, nn.Linear) and 4 * module.weight.numel() > LARGE_BYTES:
             module.forward = types.MethodType(_chunked_linear(names, self._rows), module)
         else:
-            empty = dict(module._parameters)
+            empty = {key: tensor for key, tensor in module._parameters.items() if tensor is not None}
+            buffers = {key: tensor for key, tensor in module._buffers.items() if tensor is not None}
 
             def fill(module: nn.Module, _: Any) -> None:
                 for key, name in names.items():
-                    shape = empty[key].shape
-                    held = torch.from_numpy(self._rows(name, 0, shape[0])).reshape(shape)
-                    module._parameters[key] = nn.Parameter(held, requires_grad=False)
+                    shape = (empty if key in empty else buffers)[key].shape
+                    held = torch.from_numpy(self._rows(name, 0, shape[0] if shape else 1)).reshape(shape)
+                    if key in empty:
+                        module._parameters[key] = nn.Parameter(held, requires_grad=False)
+                    else:
+                        module._buffers[key] = held
 
             def drain(module: nn.Module, _: Any, __: Any) -> None:
                 module._parameters.update(empty)
+                module._buffers.update(buffers)
 
-            module.register_forward_pre_hook(fill)
-            module.register_forward_hook(drain)
+            caller = self._oracle.read_by.get(module, module)
+            caller.register_forward_pre_hook(lambda _, args: fill(module, args))
+            caller.register_forward_hook(lambda _, args, output: drain(module, args, output))
 
     def _keep_hidden(self, name: str) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             self._hidden[name] = (output[0] if isinstance(output, tuple) else output).numpy()
+
+        return keep
+
+    def _keep_made(self, component: str, read: Any) -> Any:
+        def keep(_: nn.Module, __: Any, output: Any) -> None:
+            self._made[component] += [np.asarray(each) for each in read(output)]
 
         return keep
 

@@ -26,19 +26,16 @@ LARGE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of the decoder: `tokens` int64 [T], written at cache slots `position`.. ."""
-
-    tokens: Array
-    position: int
-
-
-@dataclass(frozen=True)
 class Trail:
-    """What a run left: logits float32 [calls, V], and each stage's hidden state float32 [all tokens, hidden]."""
+    """What a run left: the outputs of each call by name, and each stage's hidden state float32 [all rows, hidden]."""
 
-    logits: Array
+    outputs: Sequence[Mapping[str, Array]]
     hidden: Mapping[str, Array]
+
+    @property
+    def logits(self) -> Array:
+        """A decoder's logits float32 [calls, V]."""
+        return np.stack([outputs["logits"].reshape(-1) for outputs in self.outputs])
 
 
 @dataclass(frozen=True)
@@ -61,35 +58,62 @@ class _Large:
     output: ir.Value
 
 
+@dataclass(frozen=True)
+class _Attend:
+    """An attention of every row to all others, done here a chunk of rows at a time: the scores of a large picture
+    would take gigabytes."""
+
+    inputs: tuple[ir.Value, ...]
+    scale: float
+    output: ir.Value
+
+
 class StreamedGraph:
-    """A decoder's canonical graph, to be run with weights from anywhere."""
+    """A component's canonical graph, to be run with weights from anywhere."""
 
     def __init__(self, model: CanonicalModel) -> None:
         self._model = model
         self._graph: ir.Graph = model.graph.graph
         self._plan = {stage: self._cut(stage) for stage in model.stages}
         self._sessions: dict[bytes, ort.InferenceSession] = {}
+        order = {stage: i for i, stage in enumerate(model.stages)}
+        self._last_use: dict[ir.Value, int] = {}
+        """The stage after which a value is not needed any more."""
+        for node in self._graph:
+            for value in node.inputs:
+                if value is not None:
+                    at = order.get(node.metadata_props.get(STAGE, ""), -1)
+                    self._last_use[value] = max(at, self._last_use.get(value, -1))
 
-    def run(self, calls: Sequence[Call], rows: Rows, progress: Progress = no_progress) -> Trail:
-        """Make all calls, one after the other in each stage, before the next stage's weights are read."""
+    def run(self, calls: Sequence[Mapping[str, Array]], rows: Rows, progress: Progress = no_progress) -> Trail:
+        """Make all calls, one after the other in each stage, before the next stage's weights are read.
+
+        A call names its inputs, a cache apart: that goes from each call to the next.
+        """
         inputs = {str(value.name): value for value in self._graph.inputs}
-        values: list[dict[ir.Value, Array]] = [
-            {inputs["input_ids"]: call.tokens[None], inputs["position"]: np.array([call.position], np.int64)}
-            for call in calls
-        ]
+        values: list[dict[ir.Value, Array]] = [{inputs[name]: call[name] for name in call} for call in calls]
         hidden: dict[str, Array] = {}
         for done, (stage, parts) in enumerate(self._plan.items()):
             for part in parts:
                 if isinstance(part, _Large):
                     self._run_large(part, values, rows)
+                elif isinstance(part, _Attend):
+                    _run_attend(part, values)
                 else:
                     self._run_segment(part, values, rows, inputs)
             crossing = [value for value in self._crossing(stage) if value in values[0]]
             for value in crossing:
-                hidden[stage] = np.concatenate([known[value][0] for known in values])
+                hidden[stage] = np.concatenate([_matrix(known[value]) for known in values])
+            for value in [value for value in values[0] if self._last_use.get(value, -1) <= done]:
+                if not (value.is_graph_output() or value.is_graph_input()):
+                    for known in values:
+                        del known[value]
             progress(done + 1, len(self._plan))
-        logits = next(value for value in self._graph.outputs if value.name == "logits")
-        return Trail(np.stack([known[logits].reshape(-1) for known in values]), hidden)
+        kept = {str(value.name): value for value in self._graph.outputs}
+        replaced = set(dict(self._model.state).values())
+        return Trail(
+            [{name: known[value] for name, value in kept.items() if name not in replaced} for known in values], hidden
+        )
 
     def _run_segment(
         self, part: _Segment, values: list[dict[ir.Value, Array]], rows: Rows, inputs: Mapping[str, ir.Value]
@@ -143,9 +167,10 @@ class StreamedGraph:
             self._sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return self._sessions[model]
 
-    def _cut(self, stage: str) -> list[_Segment | _Large]:
-        """The stage's nodes in order, cut where a weight is looked up in or too large to be held."""
-        parts: list[_Segment | _Large] = []
+    def _cut(self, stage: str) -> list[_Segment | _Large | _Attend]:
+        """The stage's nodes in order, cut where a weight is looked up in or too large to be held, and at attentions
+        without a cache."""
+        parts: list[_Segment | _Large | _Attend] = []
         open_nodes: list[ir.Node] = []
 
         def close() -> None:
@@ -156,7 +181,7 @@ class StreamedGraph:
         for node in self._graph:
             if node.metadata_props.get(STAGE) != stage or self._reads_weight(node):
                 continue
-            large = self._large(node)
+            large = self._large(node) or _attend(node)
             if large is None:
                 open_nodes.append(node)
             else:
@@ -264,7 +289,45 @@ class StreamedGraph:
                 continue
             for value in node.outputs:
                 users = {user.metadata_props.get(STAGE) for user, _ in value.uses()}
-                rank = len(value.shape) if value.shape is not None else 0
-                if value.dtype == ir.DataType.FLOAT and rank == 3 and users - {stage}:
+                if value.dtype == ir.DataType.FLOAT and _is_hidden(value) and users - {stage}:
                     found.append(value)
         return found
+
+
+def _is_hidden(value: ir.Value) -> bool:
+    """[1,T,hidden], or a picture's [N,hidden]; a weight's Cast has no stage, and angles go to no residual."""
+    rank = len(value.shape) if value.shape is not None else 0
+    return rank in (2, 3) and not value.is_graph_input()
+
+
+def _matrix(array: Array) -> Array:
+    return array.reshape(-1, array.shape[-1])
+
+
+def _attend(node: ir.Node) -> _Attend | None:
+    """Attention(Q, K, V) of rank 4 without mask, cache or lengths."""
+    if node.op_type != "Attention" or len([value for value in node.inputs if value is not None]) != 3:
+        return None
+    query = node.inputs[0]
+    scale = node.attributes["scale"].value if "scale" in node.attributes else None
+    if query is None or query.shape is None or len(query.shape) != 4 or not isinstance(scale, float):
+        return None
+    return _Attend(tuple(value for value in node.inputs if value is not None), scale, node.outputs[0])
+
+
+def _run_attend(part: _Attend, values: list[dict[ir.Value, Array]]) -> None:
+    """softmax(Q K^T * scale) V for float32 [1,H,N,D], in chunks of rows of Q."""
+    for known in values:
+        query, key, value = (known[item][0] for item in part.inputs)
+        out = np.empty((*query.shape[:2], value.shape[-1]), np.float32)
+        step = max(1, LARGE_BYTES // (4 * key.shape[1]))
+        turned = np.ascontiguousarray(key.transpose(0, 2, 1))
+        for head in range(len(query)):
+            for start in range(0, query.shape[1], step):
+                scores = query[head, start : start + step] @ turned[head]
+                scores *= part.scale
+                scores -= scores.max(axis=-1, keepdims=True)
+                np.exp(scores, out=scores)
+                scores /= scores.sum(axis=-1, keepdims=True)
+                np.matmul(scores, value[head], out=out[head, start : start + step])
+        known[part.output] = out[None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from edgeexport.core import Format, QuantPlan, TensorClass, TensorRef
+from edgeexport.core import Format, QuantPlan, TensorClass
 from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, Scheme, find
 
 
@@ -12,11 +12,15 @@ def resolve(fmt: Format, width: int) -> Format:
     """The format that rows of `width` elements really get.
 
     A block that does not divide the width would need padding, which kernels treat differently; so the next smaller
-    block that divides it is taken, and fp16 where none does.
+    block that divides it is taken, and fp16 where none does. That holds for one scale per row too, since kernels
+    read such rows in blocks that repeat it (the 1,176 numbers of a vision patch are 73.5 of the smallest).
     """
-    if not fmt.integer or fmt.block == 0 or width % fmt.block == 0:
+    if not fmt.integer or (fmt.block and width % fmt.block == 0):
         return fmt
-    fitting = [block for block in BLOCKS if block < fmt.block and width % block == 0]
+    fitting = [block for block in BLOCKS if width % block == 0]
+    if not fmt.block:
+        return fmt if fitting else FP16
+    fitting = [block for block in fitting if block < fmt.block]
     return FORMATS[f"int{fmt.bits}-b{max(fitting)}"] if fitting else FP16
 
 
@@ -29,21 +33,27 @@ def plan(shapes: Mapping[str, tuple[int, ...]], classes: Mapping[str, TensorClas
     return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats)
 
 
+ENCODERS = frozenset({"visual", "vision", "audio", "align", "fusion"})
+"""Parts of a tensor's name that put it outside the decoder."""
+
+
 def classify(name: str, shape: tuple[int, ...]) -> TensorClass:
-    """The class of a decoder's tensor, by the names `transformers` gives."""
-    if len(shape) != 2 or not name.endswith(".weight"):
+    """The class of a tensor, by the names `transformers` gives."""
+    if len(shape) != 2 or not name.endswith(".weight") or "position" in name:
         return "other"
+    if ENCODERS & set(name.split(".")):
+        return "encoder"
     stem = name.removesuffix(".weight")
     if stem.rpartition(".")[2] == "embed_tokens":
         return "embedding"
     return "lm_head" if stem.rpartition(".")[2] == "lm_head" else "linear"
 
 
-def plan_from_names(tensors: Mapping[str, TensorRef], scheme: str, tied: bool) -> QuantPlan:
+def plan_from_names(shapes: Mapping[str, tuple[int, ...]], scheme: str, tied: bool) -> QuantPlan:
     """The plan as far as names and headers tell it, before anything is traced. Raises `unknown-scheme`.
 
     Where `tied`, a copy of the embedding that the checkpoint stores as lm_head is left out: it is not stored again.
     """
-    classes = {name: classify(name, ref.shape) for name, ref in tensors.items()}
+    classes = {name: classify(name, shape) for name, shape in shapes.items()}
     kept = {name for name, kind in classes.items() if not (tied and kind == "lm_head")}
-    return plan({name: ref.shape for name, ref in tensors.items() if name in kept}, classes, scheme)
+    return plan({name: shape for name, shape in shapes.items() if name in kept}, classes, scheme)

@@ -7,17 +7,22 @@ from collections.abc import Mapping
 
 from edgeexport.checkpoint.weights import WeightReader
 from edgeexport.core import Array, QuantPlan, TensorRef
+from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import Scratch, cast_rows, dequantize_rows, quantize_rows
 
 
 class PlannedWeights:
-    """A `core.WeightSource` over a checkpoint. Safe to share between threads: each has a scratch of its own."""
+    """A `core.WeightSource` over a checkpoint. Safe to share between threads, each of which gets a scratch of its own,
+    and to pickle: the copy opens the files anew."""
 
     def __init__(self, reader: WeightReader, weights: Mapping[str, TensorRef], plan: QuantPlan) -> None:
         self._reader = reader
         self._weights = weights
         self._plan = plan
         self._local = threading.local()
+
+    def __reduce__(self) -> tuple[type[PlannedWeights], tuple[WeightReader, Mapping[str, TensorRef], QuantPlan]]:
+        return PlannedWeights, (self._reader, self._weights, self._plan)
 
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows (of a vector: elements) in the tensor's float format. Raises `nonfinite-weight`, `weight-too-large`."""
@@ -35,6 +40,11 @@ class PlannedWeights:
         if fmt.integer:
             return dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
         return self.float_rows(name, start, stop).astype("float32", copy=False)
+
+    def compare(self, name: str, start: int, stop: int, stored: Array) -> WeightStats:
+        """Compare float32 rows that an artifact holds with the checkpoint's, which are read for this alone."""
+        wanted = self._reader.rows(self._weights[name], start, stop)
+        return compare_rows(wanted, stored.reshape(wanted.shape))
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):

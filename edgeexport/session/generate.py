@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexport import errors
+from edgeexport.session.inputs import Features
 from edgeexport.session.session import Session, Tokens, checked_tokens
 
 FinishReason = Literal["stop", "length", "context"]
@@ -69,12 +70,14 @@ def generate(
     session: Session,
     tokens: Tokens,
     *,
+    features: Sequence[Features] = (),
     max_tokens: int,
     stop_ids: Collection[int] = (),
     sampling: Sampling = GREEDY,
     on_token: Callable[[int], None] | None = None,
 ) -> Generation:
-    """Feed the prompt `tokens` [T] behind the session's position, then iterate over the answer's token ids.
+    """Feed the prompt `tokens` [T], with the features of its pictures and sounds, behind the session's position, then
+    iterate over the answer's token ids.
 
     The last token of an answer is not in the cache yet, so an answer may be one token longer than the free slots.
     `on_token` is called with each token before it is handed out.
@@ -87,7 +90,7 @@ def generate(
     stops = frozenset(stop_ids)
 
     def steps(generation: Generation) -> Iterator[int]:
-        logits = session.prefill(prompt)
+        logits = session.prefill(prompt, features)
         for count in range(1, max_tokens + 1):
             token = choose(logits, session.position)
             if token in stops:

@@ -1,0 +1,41 @@
+"""The artifacts of one model, open in their runtimes: the decoder at once, the others when they are first run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgeexport.backends import load_runner
+from edgeexport.core import Array
+from edgeexport.session.runner import DecoderRunner, GraphRunner
+
+Find = Callable[[str], tuple[Path, Any]]
+"""The folder and the description (of a manifest, or an `Artifact`) of a component, by name; raises what is wrong."""
+
+
+class OpenArtifacts:
+    """`exact` asks for float32 activations where the runtime can. Raises what `find` and the runtime raise."""
+
+    def __init__(self, find: Find, threads: int | None = None, *, exact: bool = False) -> None:
+        self._find, self._threads, self._exact = find, threads, exact
+        self._graphs: dict[tuple[str, str], GraphRunner] = {}
+        folder, component = find("decoder")
+        runner = load_runner(component.backend)
+        self.decoder: DecoderRunner = runner.open_decoder(folder, component, threads=threads, exact=exact)
+
+    def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run a component without state."""
+        graph = self._graphs.get((component, variant))
+        if graph is None:
+            folder, found = self._find(component)
+            runner = load_runner(found.backend)
+            graph = runner.open_graph(folder, found, variant, threads=self._threads, exact=self._exact)
+            self._graphs[component, variant] = graph
+        return graph.run(inputs)
+
+    def close(self) -> None:
+        """Release the components without state. The decoder belongs to the session that was made of it."""
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()

@@ -1,0 +1,94 @@
+"""What is to be built, and the keys under which its parts are cached."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from edgeexport import errors
+from edgeexport.bundle.cache import key
+from edgeexport.checkpoint import content_digest
+from edgeexport.core import Checkpoint, Target
+from edgeexport.families import Family
+from edgeexport.session.preprocess import Preprocess
+from edgeexport.session.tokenizer import SpecialTokens, special_tokens
+
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
+"""Packages whose version may change an artifact."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be built, settled before anything is read."""
+
+    checkpoint: Checkpoint
+    target: Target
+    scheme: str
+    context: int
+    parity: str
+    family: Family
+
+    @cached_property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """The tokenizer's files; a second's work for a GGUF, so done once."""
+        return self.checkpoint.read_tokenizer()
+
+    @cached_property
+    def special_tokens(self) -> SpecialTokens:
+        """Special tokens and stop ids, from the tokenizer's files; config.json stands in for a generation config that
+        is missing, as in transformers."""
+        stand_in = {"eos_token_id": self.checkpoint.config.get("eos_token_id")}
+        return special_tokens({"generation_config.json": json.dumps(stand_in).encode(), **self.tokenizer_files})
+
+    @cached_property
+    def contract(self) -> Preprocess | None:
+        """What pictures, sound and prompts must go through; None for a model of text alone."""
+        return self.family.preprocess(self.checkpoint, self.target.shapes)
+
+    @cached_property
+    def weights_digest(self) -> str:
+        """sha256 over the checkpoint's bytes; remembered between builds by the files' identity."""
+        return content_digest(self.checkpoint)
+
+    @cached_property
+    def trace_key(self) -> str:
+        """Names the canonical graph: the config and tensor index, context and shapes, our code and torch's version."""
+        return key(
+            "trace", self.checkpoint.header_digest, self.context, self.target.shapes, code_digest(), tool_versions()
+        )
+
+    @cached_property
+    def compile_key(self) -> str:
+        """Names the artifact: the graph, the weights' bytes, the target and the scheme."""
+        return key("compile", self.trace_key, self.weights_digest, self.target.source, self.target.name, self.scheme)
+
+    @cached_property
+    def build_key(self) -> str:
+        """Names the bundle: the artifact, the tokenizer and how far the ladder was climbed."""
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in self.tokenizer_files.items()}
+        return key("bundle", self.compile_key, files, self.parity)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of `TOOLS` from their metadata: importing them takes seconds."""
+    found = {}
+    for name in TOOLS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError as problem:
+            raise errors.missing_package(name, "build") from problem
+    return found
+
+
+def code_digest() -> str:
+    """sha256 over this package's own sources: another compiler, another result."""
+    state = hashlib.sha256()
+    root = Path(__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        state.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return state.hexdigest()

@@ -1,0 +1,220 @@
+"""The last step: all that was made and measured, as one bundle; and a bundle read back as the job it came from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+
+from edgeexport import errors, families, targets
+from edgeexport.bundle import manifest as manifests
+from edgeexport.bundle.bundle import open_bundle
+from edgeexport.bundle.writer import BundleWriter
+from edgeexport.checkpoint import open_checkpoint
+from edgeexport.core import LEVELS, Artifact, ParityResult, StoredWeight, worst
+from edgeexport.job import Job, tool_versions
+from edgeexport.session import preprocess
+from edgeexport.steps import DECODER, Built
+
+if TYPE_CHECKING:
+    from edgeexport.parity.examples import Shown
+    from edgeexport.parity.ladder import Climb
+
+TEXT = "text"
+"""The ladder's name for its prompt of text alone."""
+
+
+def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult]] | None:
+    """(size, ideal size, parity rows) of the bundle already there when it is this very build's, else None."""
+    try:
+        bundle = open_bundle(destination)
+    except errors.BundleError:
+        return None
+    if bundle.manifest.build_key != job.build_key:
+        return None
+    from edgeexport.parity.report import read_results
+
+    report = json.loads((destination / "parity.json").read_bytes())
+    sizes = report["sizes"]
+    return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report)
+
+
+def sizes(parts: Sequence[Built]) -> tuple[int, int]:
+    """(bytes of the artifacts' graphs and weights, bytes the scheme needs by arithmetic). An `.ort` twin is not counted
+    twice."""
+    size = sum(
+        (folder / name).stat().st_size
+        for folder, artifact in (part.files for part in parts)
+        for name in artifact.files
+        if not name.endswith(".ort")
+    )
+    return size, sum(part.plan.ideal_bytes(part.shapes()) for part in parts)
+
+
+def write_bundle(
+    job: Job, parts: Sequence[Built], climb: Climb, shown: Mapping[str, Shown], destination: Path, *, force: bool
+) -> None:
+    """Put everything into OUT/<model>-<target>/, at once or not at all."""
+    from edgeexport.parity.report import Extra, write_html, write_json
+
+    geometry = job.family.geometry(job.checkpoint.config)
+    size, ideal = sizes(parts)
+    extra = Extra(
+        model=job.checkpoint.name,
+        target=job.target.name,
+        scheme=job.scheme,
+        drift=climb.drift,
+        weights=climb.weights,
+        sizes={
+            "artifact_bytes": size,
+            "ideal_bytes": ideal,
+            "artifact_to_ideal": size / ideal,
+            "kv_cache_bytes": geometry.kv_bytes_per_token(4) * job.context,
+        },
+    )
+    cache = manifests.KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, job.context, "float32")
+    with BundleWriter(destination, force=force) as writer:
+        for part in parts:
+            folder, artifact = part.files
+            for name in artifact.files:
+                writer.add_file(name, folder / name)
+            writer.add_bytes(f"{artifact.component}.weights.json", pretty(artifact.weights))
+        for name, data in sorted(job.tokenizer_files.items()):
+            writer.add_bytes(f"tokenizer/{name}", data)
+        if job.contract is not None:
+            writer.add_bytes(preprocess.FILE, preprocess.to_json(job.contract))
+        golden = _write_golden(job, climb, shown, writer)
+        writer.add_bytes("parity.json", write_json(climb.results, extra))
+        writer.add_bytes("parity.html", write_html(climb.results, extra))
+        writer.commit(
+            manifests.Manifest(
+                edgeexport=_own_version(),
+                build_key=job.build_key,
+                model=manifests.Model(
+                    job.checkpoint.name, job.checkpoint.model_type, _parameters(parts), job.weights_digest
+                ),
+                target=manifests.Target(
+                    job.target.name,
+                    job.target.platform,
+                    job.target.title,
+                    dict(job.target.options),
+                    dict(job.target.limits),
+                ),
+                quantisation=job.scheme,
+                components=tuple(_component(part, cache) for part in parts),
+                files=writer.files,
+                golden=golden,
+                text=manifests.TextContract(job.special_tokens.stop_ids, dict(job.special_tokens.names)),
+                preprocess=preprocess.FILE if job.contract is not None else None,
+                tools=tool_versions(),
+                parity={
+                    level: worst(row for row in climb.results if row.level == level)  # type: ignore[misc]
+                    for level in LEVELS
+                },
+            )
+        )
+
+
+def _component(part: Built, cache: manifests.KVLayout) -> manifests.Component:
+    _, artifact = part.files
+    return manifests.Component(
+        artifact.component,
+        artifact.backend,
+        artifact.files,
+        manifests.signatures_of(artifact),
+        artifact.state,
+        cache if part.name == DECODER else None,
+        manifests.weight_classes(part.plan, part.shapes()),
+    )
+
+
+def _parameters(parts: Sequence[Built]) -> int:
+    """Elements of all weights, one that two components use counted once."""
+    refs = {ref.name: ref for part in parts for ref in part.models[0].weights.values()}
+    return sum(int(np.prod(ref.shape, dtype=np.int64)) for ref in refs.values())
+
+
+def _write_golden(job: Job, climb: Climb, shown: Mapping[str, Shown], writer: BundleWriter) -> manifests.Golden:
+    from safetensors.numpy import save
+
+    if not climb.golden:
+        return manifests.Golden(not_run=f"--parity {job.parity} runs no reference")
+    files = {name: f"golden/{name}.safetensors" for name in climb.golden}
+    for name, vectors in climb.golden.items():
+        writer.add_bytes(files[name], save(dict(vectors)))
+    cases = []
+    for name, case in shown.items():
+        media = []
+        for kind, file, data in case.media:
+            if f"golden/{file}" not in writer.files:
+                writer.add_bytes(f"golden/{file}", data)
+            media.append(manifests.GoldenMedium(kind, f"golden/{file}"))
+        cases.append(manifests.GoldenCase(name, files[name], tuple(media)))
+    return manifests.Golden(files[TEXT], tuple(cases), manifests.Gates(**climb.golden_gates))
+
+
+def job_of_bundle(folder: Path, model: str, level: str) -> Job:
+    """The job that made a bundle, to climb its ladder again. Raises `bundle-of-another-model`."""
+    bundle = open_bundle(folder)
+    manifest, decoder = bundle.manifest, bundle.component(DECODER)
+    checkpoint = open_checkpoint(model)
+    context = decoder.kv.context if decoder.kv else 0
+    family = families.find(checkpoint.model_type)
+    job = Job(checkpoint, targets.load(manifest.target.name), manifest.quantisation, context, level, family)
+    if job.weights_digest != manifest.model.checkpoint_digest:
+        raise errors.bundle_of_another_model(folder, manifest.model.checkpoint_digest, job.weights_digest)
+    return job
+
+
+def artifacts_of_bundle(folder: Path, parts: Sequence[Built]) -> list[Built]:
+    """The components with the artifacts that a bundle holds of them."""
+    bundle = open_bundle(folder)
+    found = []
+    for part in parts:
+        component = bundle.component(part.name)
+        weights = stored_weights(folder, part.name)
+        signatures: Any = component.signatures
+        artifact = Artifact(part.name, component.backend, component.files, signatures, component.state, weights, {})
+        found.append(replace(part, folder=folder, artifact=artifact))
+    return found
+
+
+def stored_weights(bundle: Path, component: str = DECODER) -> dict[str, StoredWeight]:
+    """Where a bundle's artifact keeps each weight, by the canonical graph's names."""
+    return msgspec.json.decode((bundle / f"{component}.weights.json").read_bytes(), type=dict[str, StoredWeight])
+
+
+def dump(folder: Path, parts: Sequence[Built]) -> None:
+    """Every step's result without its weights: the canonical graphs, the plans, the lowered graphs."""
+    from edgeexport.canonical import store
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            for model in part.models:
+                store.save(model, folder)
+                stem = f"{model.component}.{model.variant}" if model.variant else model.component
+                (folder / store.GRAPH_FILE).rename(folder / f"{stem}.canonical.onnx")
+            (folder / f"{part.name}.plan.json").write_bytes(pretty(asdict(part.plan)))
+            compiled, artifact = part.files
+            for name in artifact.files:
+                if name.endswith(".onnx"):
+                    (folder / f"{name.removesuffix('.onnx')}.lowered.onnx").write_bytes((compiled / name).read_bytes())
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+
+
+def pretty(value: Any) -> bytes:
+    """A value as JSON for people, always the same bytes."""
+    return msgspec.json.format(msgspec.json.encode(value, order="deterministic"), indent=1) + b"\n"
+
+
+def _own_version() -> str:
+    from edgeexport import __version__
+
+    return __version__
