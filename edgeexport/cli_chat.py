@@ -207,7 +207,8 @@ class Conversation:
         kept whole or not at all."""
         inputs = self.session.inputs
         if inputs is None or inputs.contract.joining != "splice":
-            return shared, self._features if fresh or not shared else []
+            # every token attends to every feature: with new ones, the whole conversation is read anew
+            return (0, self._features) if fresh or not shared else (shared, [])
         token = inputs.contract.image_token_id
         places = [i for i, each in enumerate(prompt) if each == token]
         seen = 0

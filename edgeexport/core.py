@@ -240,9 +240,9 @@ class Format:
         return rows * (-(-width * self.bits // 8)) + 2 * scales
 
 
-TensorClass = Literal["linear", "encoder", "embedding", "lm_head", "other"]
+TensorClass = Literal["linear", "encoder", "embedding", "lm_head", "convolution", "other"]
 """What a weight is for: a multiplication of the decoder, one of another component (vision, audio), a looked-up table,
-the last multiplication, or none of these (norms, biases, convolutions)."""
+the last multiplication, a convolution's kernel, or none of these (norms, biases)."""
 
 
 @dataclass(frozen=True)

@@ -136,9 +136,13 @@ def sizes_of(
         kind: sum(
             fmt.nbytes(shapes[name]) for name, fmt in quantised.formats.items() if quantised.classes[name] == kind
         )
-        for kind in ("embedding", "encoder")
+        for kind in ("embedding", "encoder", "convolution")
     }
-    looked_up = of_class["encoder"] + (of_class["embedding"] if embed_apart or not geometry.tied else 0)
+    looked_up = (
+        of_class["encoder"]
+        + of_class["convolution"]
+        + (of_class["embedding"] if embed_apart or not geometry.tied else 0)
+    )
     if embed_apart and geometry.tied:
         artifact += of_class["embedding"]
     per_token = geometry.kv_bytes_per_token(element)

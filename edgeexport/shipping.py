@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from edgeexport import errors, families, targets
+from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
 from edgeexport.bundle.writer import BundleWriter
@@ -146,7 +147,11 @@ def _write_golden(job: Job, climb: Climb, shown: Mapping[str, Shown], writer: Bu
         return manifests.Golden(not_run=f"--parity {job.parity} runs no reference")
     files = {name: f"golden/{name}.safetensors" for name in climb.golden}
     for name, vectors in climb.golden.items():
-        writer.add_bytes(files[name], save(dict(vectors)))
+        made = dict(vectors)
+        if job.contract is not None and name in shown:
+            example = shown[name].example
+            made |= conformance.prepared(job.contract, example.tokens, example.encoder_inputs)
+        writer.add_bytes(files[name], save(made))
     cases = []
     for name, case in shown.items():
         media = []
@@ -155,7 +160,23 @@ def _write_golden(job: Job, climb: Climb, shown: Mapping[str, Shown], writer: Bu
                 writer.add_bytes(f"golden/{file}", data)
             media.append(manifests.GoldenMedium(kind, f"golden/{file}"))
         cases.append(manifests.GoldenCase(name, files[name], tuple(media)))
-    return manifests.Golden(files[TEXT], tuple(cases), manifests.Gates(**climb.golden_gates))
+    chat = _write_chat(job, writer)
+    return manifests.Golden(files[TEXT], chat, tuple(cases), manifests.Gates(**climb.golden_gates))
+
+
+def _write_chat(job: Job, writer: BundleWriter) -> str | None:
+    """Conversations with their tokens, for a model that has a chat template; gives the file's name."""
+    from edgeexport.session.chat import ChatTemplate
+    from edgeexport.session.tokenizer import Tokenizer
+
+    source = job.tokenizer_files.get("chat_template.jinja")
+    if source is None or b"strftime_now" in source:  # a text with today's date is another one tomorrow
+        return None
+    template = ChatTemplate(source.decode("utf-8"), dict(job.special_tokens.names))
+    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"], "tokenizer.json")
+    pictures = job.contract is not None and job.contract.joining == "splice"
+    writer.add_bytes(conformance.CHAT, pretty(conformance.chat_turns(template, tokenizer, pictures=pictures)))
+    return conformance.CHAT
 
 
 def job_of_bundle(folder: Path, model: str, level: str) -> Job:

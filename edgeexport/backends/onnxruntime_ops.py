@@ -29,8 +29,9 @@ repeated for each block when the session is created, never on disk."""
 
 OPS = OpTable("onnxruntime")
 OPS.native(
-    "Add", "Cast", "Concat", "Gelu", "LayerNormalization", "Mul", "Range", "Reshape", "RotaryEmbedding", "Shape",
-    "Sigmoid", "Slice", "Split", "Squeeze", "TensorScatter", "Transpose", "Unsqueeze",
+    "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "Gelu", "LayerNormalization", "Mul", "Range",
+    "Reshape", "RotaryEmbedding", "Shape", "Sigmoid", "Slice", "Split", "Squeeze", "Sub", "TensorScatter", "Transpose",
+    "Unsqueeze",
 )  # fmt: skip
 
 

@@ -1,8 +1,9 @@
 """Golden vectors: replay what the reference was asked, compare what the artifact answers.
 
-golden/golden.safetensors holds `tokens` int64 [P+N], `prefill` int64 [1] (P), `reference_logits` float32 [N+1, V] of
+golden/text.safetensors, and one file per modality, hold `tokens` int64 [P+N], `prefill` int64 [1] (P), `reference_logits` float32 [N+1, V] of
 the original model after the prefill of tokens[:P] and after each of the N tokens that follow, and optionally
-`artifact_logits` float32 [N+1, V], what this artifact computed where it was built.
+`artifact_logits` float32 [N+1, V], what this artifact computed where it was built. What else they hold is described in
+conformance.py.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeexport import errors
+from edgeexport.bundle import conformance
 from edgeexport.bundle.manifest import Gates, GoldenMedium
+from edgeexport.session.audio import read_wav
+from edgeexport.session.image_file import read_image
 
 if TYPE_CHECKING:
     from edgeexport.bundle.bundle import Bundle
@@ -29,12 +33,13 @@ MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Vectors:
-    """The contents of golden.safetensors, checked against each other."""
+    """The contents of one file, checked against each other. `prepared` is what conformance.py speaks of."""
 
     prompt: NDArray[np.int64]
     answer: NDArray[np.int64]
     reference: NDArray[np.float32]
     artifact: NDArray[np.float32] | None
+    prepared: Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -56,22 +61,38 @@ def replay(bundle: Bundle, threads: int | None = None) -> Comparison:
     golden = bundle.manifest.golden
     if golden.file is None:
         raise errors.golden_unusable(bundle.path, golden.not_run)
+    if golden.chat is not None:
+        bundle.check(golden.chat)
+        conformance.check_chat((bundle.path / golden.chat).read_bytes(), bundle.chat_template(), bundle.tokenizer())
     found = []
     with bundle.session(threads) as session:
         for file, media in ((golden.file, ()), *((case.file, case.media) for case in golden.shown)):
             where = bundle.path / file
             vectors = read_vectors(where)
-            features = [_encoded(session, bundle, medium) for medium in media]
+            features = _encoded(session, bundle, media, vectors, where)
             found.append(compare(answered_logits(session, vectors, where, features), vectors, golden.gates, where))
     worst = max(found, key=lambda comparison: comparison.value)
     return Comparison(worst.metric, worst.value, worst.gate, sum(comparison.steps for comparison in found))
 
 
-def _encoded(session: Session, bundle: Bundle, medium: GoldenMedium) -> Features:
-    """What the bundle's own encoder makes of the picture or sound, from the file on."""
-    bundle.check(medium.file)
-    path = bundle.path / medium.file
-    return session.encode_image(path) if medium.kind == "image" else session.encode_audio(path)
+def _encoded(
+    session: Session, bundle: Bundle, media: Sequence[GoldenMedium], vectors: Vectors, where: Path
+) -> list[Features]:
+    """What the bundle's own encoders make of the pictures and sounds, from the files on; checked half-way.
+
+    Raises golden-mismatch.
+    """
+    inputs = session.inputs
+    if inputs is None or not media:
+        return []
+    given = []
+    for medium in media:
+        bundle.check(medium.file)
+        path = bundle.path / medium.file
+        image = medium.kind == "image"
+        given.append(inputs.prepare_image(read_image(path)) if image else inputs.prepare_audio(read_wav(path)))
+    conformance.check_prepared(vectors.prepared, conformance.prepared(inputs.contract, vectors.prompt, given), where)
+    return [inputs.encode(each) for each in given]
 
 
 def read_vectors(path: Path) -> Vectors:
@@ -98,7 +119,10 @@ def read_vectors(path: Path) -> Vectors:
     split = int(prefill[0])
     if len(reference) != len(tokens) - split + 1:
         raise errors.golden_unusable(path, f"{len(reference)} rows of logits for {len(tokens) - split + 1} calls")
-    return Vectors(tokens[:split], tokens[split:], reference, artifact)
+    prepared = {
+        name: tensor for name, tensor in tensors.items() if name.startswith("input.") or name == "rope_positions"
+    }
+    return Vectors(tokens[:split], tokens[split:], reference, artifact, prepared)
 
 
 def answered_logits(

@@ -146,9 +146,10 @@ class GoldenCase(Struct, frozen=True, forbid_unknown_fields=True):
 
 class Golden(Struct, frozen=True, forbid_unknown_fields=True):
     """Golden vectors and the gates they must pass, or the reason why there are none. `file` is a prompt of text alone;
-    `shown` are those of the other modalities."""
+    `shown` are those of the other modalities, `chat` conversations with their text and tokens."""
 
     file: str | None = None
+    chat: str | None = None
     shown: tuple[GoldenCase, ...] = ()
     gates: Gates = Gates()
     not_run: str = ""
@@ -315,6 +316,8 @@ def _contradictions(manifest: Manifest) -> Iterator[str]:
             yield f"golden names a file that is not listed: {golden.file!r}"
         if golden.not_run:
             yield "golden has a file and a reason why there is none"
+        if golden.chat is not None and golden.chat not in manifest.files:
+            yield f"golden names a file that is not listed: {golden.chat!r}"
         for case in golden.shown:
             for path in (case.file, *(medium.file for medium in case.media)):
                 if path not in manifest.files:

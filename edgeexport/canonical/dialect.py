@@ -75,8 +75,11 @@ def _attention(node: ir.Node) -> str | None:
 OPS: dict[str, Limit | None] = {
     "Add": None,
     "Attention": _attention,
+    "BatchNormalization": _has(training_mode=None),
     "Cast": None,
+    "Clip": _constant_input(1, 2),
     "Concat": None,
+    "Conv": _has(auto_pad="NOTSET"),
     "Gather": None,
     "Gelu": _has(approximate="none"),
     "LayerNormalization": _has(axis=-1),
@@ -91,6 +94,7 @@ OPS: dict[str, Limit | None] = {
     "Slice": _constant_input(1, 2, 3, 4),
     "Split": _constant_input(1),
     "Squeeze": _constant_input(1),
+    "Sub": None,
     "TensorScatter": _cache_in_place,
     "Transpose": None,
     "Unsqueeze": _constant_input(1),
@@ -165,7 +169,7 @@ def _problem(node: ir.Node) -> Finding | None:
 def classes(model: ir.Model, weights: Mapping[str, TensorRef], component: str) -> dict[str, TensorClass]:
     """What each weight is for, by its use in the graph: a looked-up table is an embedding (also when it is the tied
     head), a multiplication whose result is the logits is the lm_head, any other is linear, or, outside the decoder,
-    an encoder's."""
+    an encoder's; a kernel is a convolution's."""
     found: dict[str, TensorClass] = dict.fromkeys(weights, "other")
     for item in linears(model.graph):
         if component != "decoder":
@@ -176,4 +180,7 @@ def classes(model: ir.Model, weights: Mapping[str, TensorRef], component: str) -
         table = stored(node.inputs[0]) if node.op_type == "Gather" else None
         if table is not None and table.name in weights:
             found[str(table.name)] = "embedding"
+        kernel = stored(node.inputs[1]) if node.op_type == "Conv" else None
+        if kernel is not None and kernel.name in weights:
+            found[str(kernel.name)] = "convolution"
     return found

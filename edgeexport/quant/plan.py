@@ -39,6 +39,8 @@ ENCODERS = frozenset({"visual", "vision", "audio", "align", "fusion"})
 
 def classify(name: str, shape: tuple[int, ...]) -> TensorClass:
     """The class of a tensor, by the names `transformers` gives."""
+    if len(shape) > 2:
+        return "convolution"
     if len(shape) != 2 or not name.endswith(".weight") or "position" in name:
         return "other"
     if ENCODERS & set(name.split(".")):

@@ -35,6 +35,7 @@ class Scheme:
     embedding: Format
     lm_head: Format
     encoder: Format
+    convolution: Format = FP16
     other: Format = FP32  # norms, biases: a thousandth of the bytes, and the values everything else passes through
 
     @property
@@ -45,6 +46,7 @@ class Scheme:
             "encoder": self.encoder,
             "embedding": self.embedding,
             "lm_head": self.lm_head,
+            "convolution": self.convolution,
             "other": self.other,
         }
 
@@ -56,7 +58,7 @@ class Scheme:
 SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
-        Scheme("fp32", "32-bit floats, as precise as the checkpoint", FP32, FP32, FP32, FP32),
+        Scheme("fp32", "32-bit floats, as precise as the checkpoint", FP32, FP32, FP32, FP32, FP32),
         Scheme("fp16", "16-bit floats", FP16, FP16, FP16, FP16),
         Scheme(
             "int8",

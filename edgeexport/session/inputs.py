@@ -119,14 +119,16 @@ class Inputs:
         return Fed(embeds, rows, after)
 
 
-def rope_positions(ids: Array, token: int | None, features: Sequence[Features], start: int) -> tuple[Array, int]:
+def rope_positions(
+    ids: Array, token: int | None, pictures: Sequence[EncoderInput | Features], start: int
+) -> tuple[Array, int]:
     """M-RoPE positions int64 [3,T] (time, row, column), and the one after them.
 
     Text counts on in all three; a picture stands still in time, counts its own rows and columns, and moves what
     follows on by the larger of the two. Source: transformers 5.23, `Glm4vModel.get_rope_index`.
     """
     positions = np.empty((3, len(ids)), np.int64)
-    waiting = iter(features)
+    waiting = iter(pictures)
     at, current = 0, start
     while at < len(ids):
         if ids[at] != token:
@@ -134,7 +136,8 @@ def rope_positions(ids: Array, token: int | None, features: Sequence[Features], 
             at, current = at + 1, current + 1
             continue
         each = next(waiting)
-        rows, columns = each.grid or (1, len(each.values))
+        assert each.grid is not None, "a spliced picture has a grid"
+        rows, columns = each.grid
         stop = at + rows * columns
         positions[0, at:stop] = current
         positions[1, at:stop] = current + np.repeat(np.arange(rows), columns)

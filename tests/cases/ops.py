@@ -139,6 +139,7 @@ def lookup(note: str, fmt: str, *, width: int = 256, encoding: str = "F32") -> O
     )
 
 
+WINDOW = 'auto_pad = "NOTSET", kernel_shape = [3, 3], strides = [2, 2], pads = [1, 1, 1, 1]'
 NORM = "RMSNormalization <axis = -1, epsilon = 0.001>"
 
 OPS: list[OpCase] = [
@@ -161,6 +162,29 @@ OPS: list[OpCase] = [
         "without a cache, both ways",
         "y = Attention <is_causal = 0, scale = 0.3> (q, k, v)",
         {"q": normal(1, 4, 5, 16), "k": normal(1, 2, 7, 16), "v": normal(1, 2, 7, 16, seed=1)},
+    ),
+    OpCase(
+        "BatchNormalization", "after a convolution",
+        f"h = Conv <{WINDOW}> (x, w)\ny = BatchNormalization <epsilon = 0.001> (h, g, b, m, v)", {"x": normal(1, 3, 9, 8)},
+        weights={"w": Weight((6, 3, 3, 3)), **{name: Weight((6,)) for name in "gbm"}},
+        constants={"v": np.linspace(0.2, 3, 6, dtype=np.float32)}, tolerance=1e-4,
+    ),
+    OpCase(
+        "Clip", "between 0 and 6", "y = Clip (x, low, high)", {"x": 9 * normal(1, 3, 8)},
+        constants={"low": np.float32(0), "high": np.float32(6)},
+    ),
+    OpCase(
+        "Conv", "of a picture, with a bias and a stride", f"y = Conv <{WINDOW}> (x, w, b)", {"x": normal(1, 3, 9, 8)},
+        weights={"w": Weight((6, 3, 3, 3)), "b": Weight((6,))}, tolerance=1e-4,
+    ),
+    OpCase(
+        "Conv", "a kernel in float16 for each channel",
+        'y = Conv <auto_pad = "NOTSET", kernel_shape = [3, 3], pads = [0, 0, 1, 1], group = 4> (x, w)',
+        {"x": normal(1, 4, 9, 8)}, weights={"w": Weight((4, 1, 3, 3), "fp16")}, tolerance=1e-4,
+    ),
+    OpCase(
+        "Conv", "over time", 'y = Conv <auto_pad = "NOTSET", kernel_shape = [3], strides = [2], pads = [1, 1]> (x, w, b)',
+        {"x": normal(1, 5, 12)}, weights={"w": Weight((7, 5, 3)), "b": Weight((7,))}, tolerance=1e-4,
     ),
     OpCase("Cast", "int64 to float32", "y = Cast <to = 1> (x)", {"x": ints(-3, 0, 70000)}),
     OpCase(
@@ -254,6 +278,7 @@ OPS: list[OpCase] = [
         outputs=("y", "z"), constants={"parts": ints(16, 16)}, weights={"w": Weight((32, 64), "int4-b32")},
         tolerance=1e-4,
     ),
+    OpCase("Sub", "from a number", "y = Sub (one, x)", {"x": normal(1, 3, 8)}, constants={"one": np.float32(1)}),
     OpCase("Squeeze", "a leading one", "y = Squeeze (x, axes)", {"x": normal(1, 6, 8)}, constants={"axes": ints(0)}),
     OpCase(
         "TensorScatter", "by itself", 'y = TensorScatter <axis = -2, mode = "linear"> (past, new, position)',
