@@ -70,12 +70,16 @@ def run(console: Console, path: Path, prompt: str | None, settings: Settings, sh
     """Answer the prompt once, or chat until the input ends; pictures and sounds go to the first turn.
 
     Raises: UsageError `json-needs-prompt`, `action-needs-picture`, and what opening a bundle, its session, a picture
-    and a sound raise.
+    and a sound, and drawing raise.
     """
     if prompt is None and (console.as_json or shown.action):
         raise errors.json_needs_prompt()
     if (shown.action and not shown.images) or (shown.draw is not None and not shown.action):
         raise errors.action_needs_picture()
+    if shown.draw is not None:
+        from edgeexport.session.draw import check_out
+
+        check_out(shown.draw)  # before the model runs for minutes
     bundle = open_bundle(path)
     with bundle.session(threads=settings.threads) as session:
         conversation = Conversation(bundle, session, settings)

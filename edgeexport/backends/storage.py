@@ -35,10 +35,12 @@ vector, elements. It is pickled, runs in the process that wrote or read the bloc
 
 @dataclass
 class Layout:
-    """Where each weight and each constant will lie in one file. Append in the order the runtime reads."""
+    """Where each weight and each constant will lie in one file. Append in the order the runtime reads. `signed`
+    is how integers lie, as in `StoredWeight`."""
 
     file: str
     size: int = 0
+    signed: bool = False
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     constants: dict[str, tuple[int, Array]] = field(default_factory=dict)
 
@@ -53,7 +55,9 @@ class Layout:
         scales = self._reserve(sum(2 * n * blocks(w, fmt) for n, w in zip(counts, widths, strict=True)))
         at, at_scales = data, scales
         for name, shape, count, width in zip(names, shapes, counts, widths, strict=True):
-            self.weights[name] = StoredWeight(self.file, at, at_scales if fmt.integer else -1, fmt, shape)
+            self.weights[name] = StoredWeight(
+                self.file, at, at_scales if fmt.integer else -1, fmt, shape, self.signed
+            )
             at += count * row_bytes(width, fmt)
             at_scales += 2 * count * blocks(width, fmt)
         return data, scales if fmt.integer else -1
@@ -139,7 +143,7 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     if not fmt.integer:
         dtype = np.float32 if fmt.bits == 32 else np.float16
         return raw.view(dtype).reshape(count, width).astype(np.float32)
-    values = (unpack_int4 if fmt.bits == 4 else unpack_int8)(raw.reshape(count, size)).astype(np.float32)
+    values = _unpack(raw.reshape(count, size), weight).astype(np.float32)
     per_row = blocks(width, fmt)
     scales = _read(path, weight.scales_offset + 2 * start * per_row, 2 * count * per_row).view(np.float16)
     scaled = values.reshape(count, per_row, -1)
@@ -217,11 +221,25 @@ def _write_block(job: _Block, weight: StoredWeight, descriptor: int, source: Wei
     fmt, (_, width) = weight.format, _matrix(weight.shape)
     if fmt.integer:
         values, scales = source.quantized_rows(job.name, job.start, job.stop)
-        data = pack_int4(values) if fmt.bits == 4 else pack_int8(values)
+        data = _pack(values, weight)
         _write_all(descriptor, scales, weight.scales_offset + 2 * job.start * blocks(width, fmt))
     else:
         data = source.float_rows(job.name, job.start, job.stop)
     _write_all(descriptor, data, weight.offset + job.start * row_bytes(width, fmt))
+
+
+def _pack(values: Array, weight: StoredWeight) -> Array:
+    """int8 values [rows, width] as the file holds them, uint8."""
+    if weight.format.bits == 4:
+        return pack_int4(values, 0 if weight.signed else 8)
+    return values.view(np.uint8) if weight.signed else pack_int8(values)
+
+
+def _unpack(raw: Array, weight: StoredWeight) -> Array:
+    """The inverse of `_pack`."""
+    if weight.format.bits == 4:
+        return unpack_int4(raw, 0 if weight.signed else 8)
+    return raw.view(np.int8) if weight.signed else unpack_int8(raw)
 
 
 def _write_all(descriptor: int, array: Array, offset: int) -> None:

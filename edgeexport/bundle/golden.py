@@ -1,9 +1,9 @@
 """Golden vectors: replay what the reference was asked, compare what the artifact answers.
 
-golden/text.safetensors, and one file per modality, hold `tokens` int64 [P+N], `prefill` int64 [1] (P), `reference_logits` float32 [N+1, V] of
-the original model after the prefill of tokens[:P] and after each of the N tokens that follow, and optionally
-`artifact_logits` float32 [N+1, V], what this artifact computed where it was built. What else they hold is described in
-conformance.py.
+golden/text.safetensors, and one file for each other modality, hold `tokens` int64 [P+N], `prefill` int64 [1] (P),
+`reference_logits` float32 [N+1, V] of the original model after the prefill of tokens[:P] and after each of the N tokens
+that follow, and optionally `artifact_logits` float32 [N+1, V], what this artifact computed where it was built. What
+else they hold is described in conformance.py.
 """
 
 from __future__ import annotations

@@ -35,13 +35,18 @@ MODELS: Mapping[str, KnownModel] = {
 
 
 def find_model(name: str) -> Path:
-    """The file of a known model. Raises `unknown-model`, `model-not-installed`, `model-differs`.
-
-    The package is found without being imported, since it would import what was left out.
-    """
+    """The file of a known model. Raises `unknown-model`, `model-not-installed`, `model-differs`."""
     model = MODELS.get(name)
     if model is None:
         raise errors.unknown_model(name, MODELS)
+    return find_installed(name, model)
+
+
+def find_installed(name: str, model: KnownModel) -> Path:
+    """The file of a package, called `name` in errors. Raises `model-not-installed`, `model-differs`.
+
+    The package is found without being imported, since it would import what was left out.
+    """
     spec = importlib.util.find_spec(model.module)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(folder) / model.file

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText
 from transformers.vision_utils import get_vision_position_ids
 
 from edgeexport import errors
 from edgeexport.core import Array, Example, OracleModel, Stage, TensorRef
 from edgeexport.families.stages import (
-    ATTENTION_VERSION,
+    WHOLE_ATTENTION,
     TextModel,
     fake_model,
     missing_parameters,
@@ -28,9 +28,6 @@ from edgeexport.families.stages import (
     rotary_layout,
     rotate_as_op,
 )
-
-WHOLE_ATTENTION = "edgeexport_flash"
-"""transformers takes the path without data-dependent splits where the implementation's name contains "flash"."""
 
 
 @dataclass(frozen=True)
@@ -240,18 +237,3 @@ class Merge(nn.Module):
         windows = hidden.view(-1, self.merge, self.merge, hidden.shape[-1]).permute(0, 3, 1, 2)
         features: torch.Tensor = self.merger(self.downsample(windows.flatten(1)))
         return features
-
-
-def whole_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-    attention_mask: torch.Tensor | None, *, scaling: float, **_: Any,
-) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """transformers' attention interface over one picture, each patch attending to all, as one Attention op."""
-    out = torch.onnx.ops.symbolic(
-        "Attention", (query, key, value), {"scale": float(scaling)},
-        dtype=query.dtype, shape=query.shape, version=ATTENTION_VERSION,
-    )  # fmt: skip
-    return out.transpose(1, 2), None
-
-
-AttentionInterface.register(WHOLE_ATTENTION, whole_attention)

@@ -12,7 +12,7 @@ import copy
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +28,8 @@ from edgeexport.core import Array, Example, OracleModel, Stage, TensorRef
 from edgeexport.families.decoder import missing_tensors
 
 ATTENTION = "edgeexport"
+WHOLE_ATTENTION = "edgeexport_flash"
+"""transformers takes the path without data-dependent splits where the implementation's name contains "flash"."""
 ROPE_VERSION = 23
 ATTENTION_VERSION = 24
 
@@ -166,11 +168,10 @@ def decoder_stages(
 
 def missing_parameters(stages: Sequence[Stage], tensors: Mapping[str, TensorRef]) -> None:
     """Raises: CheckpointError with every parameter of the stages that the checkpoint lacks or has in another shape."""
-    expected = {
-        stage.parameters[name]: tuple(parameter.shape)
-        for stage in stages
-        for name, parameter in stage.module.named_parameters()
-    }
+    expected: dict[str, tuple[int, ...]] = {}
+    for stage in stages:
+        held = dict([*stage.module.named_parameters(), *stage.module.named_buffers()])
+        expected |= {tensor: tuple(held[name].shape) for name, tensor in stage.parameters.items()}
     missing_tensors(expected, tensors)
 
 
@@ -380,7 +381,26 @@ def attention_as_op(
     return out.transpose(1, 2), None
 
 
+def whole_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+    attention_mask: torch.Tensor | None, *, scaling: float, **_: Any,
+) -> tuple[torch.Tensor, None]:  # fmt: skip
+    """transformers' attention interface over one picture or sound, each position attending to all."""
+    return attention_over_all(query, key, value, scale=float(scaling)).transpose(1, 2), None
+
+
+def attention_over_all(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *, scale: float | None = None
+) -> torch.Tensor:
+    """torch's scaled_dot_product_attention without a mask, [B,H,T,D] over [B,H,S,D], as one Attention op."""
+    return torch.onnx.ops.symbolic(
+        "Attention", (query, key, value), {"scale": scale or float(query.shape[-1]) ** -0.5},
+        dtype=query.dtype, shape=query.shape, version=ATTENTION_VERSION,
+    )  # fmt: skip
+
+
 AttentionInterface.register(ATTENTION, attention_as_op)
+AttentionInterface.register(WHOLE_ATTENTION, whole_attention)
 
 
 @contextmanager
@@ -496,11 +516,21 @@ def as_numpy(tensor: torch.Tensor) -> Array:
 
 
 def oracle_model(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
-    """transformers' unmodified model on the meta device, its computed buffers (rotary frequencies) made anew."""
+    """transformers' unmodified model, without storage."""
+
+    def make() -> Any:
+        model = auto.from_config(transformers_config(config), dtype=torch.float32)
+        model.tie_weights()
+        return model
+
+    return empty_model(make)
+
+
+def empty_model(make: Callable[[], Any]) -> Any:
+    """What `make` makes, on the meta device, but for its computed buffers (rotary frequencies), which are real."""
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = auto.from_config(transformers_config(config), dtype=torch.float32).eval()
-    model.tie_weights()
+        model = make().eval()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if "rotary" in name or "rotary" in type(child).__name__.lower():

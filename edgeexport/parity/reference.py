@@ -42,8 +42,10 @@ class Reference:
             known.setdefault(id(tensor), name)
         for module in model.modules():
             names = {key: known[id(p)] for key, p in module._parameters.items() if p is not None}
-            # a buffer of the checkpoint (a norm's running mean) is a weight here; others were made with storage
-            kept = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+            # a buffer of the checkpoint (a norm's running mean) is a weight here; others were made with storage, or
+            # count what only training counts
+            meta = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+            kept = {key: b for key, b in meta.items() if b.dtype.is_floating_point}
             names |= {key: known[id(b)] for key, b in kept.items()}
             if names:
                 self._attach(module, names)

@@ -7,7 +7,8 @@ smooth at every size and only the pixels of the mark change.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -34,7 +35,7 @@ from edgeexport.session.image_file import Image
 if TYPE_CHECKING:
     from PIL import ImageFont
 
-FORMATS: Final = {
+FORMATS: Final[Mapping[str, tuple[str, Mapping[str, int]]]] = {
     ".png": ("PNG", {}),
     ".jpg": ("JPEG", {"quality": 95, "subsampling": 0}),
     ".jpeg": ("JPEG", {"quality": 95, "subsampling": 0}),
@@ -46,10 +47,13 @@ Colour = tuple[int, int, int]
 RED: Final[Colour] = (255, 32, 78)
 WHITE: Final[Colour] = (255, 255, 255)
 DARK: Final[Colour] = (20, 20, 28)
+DARK_RED: Final[Colour] = (160, 0, 32)
+"""Behind the caption of an answer that is no action. White on it has a contrast of 8 to 1."""
 
 MAX_CAPTION_CHARS = 2000
 """More never fits legibly; a model's text may have 65,536."""
 WIDE_FONTS: Final = (
+    "DejaVuSans.ttf",
     "NotoSansCJK-Regular.ttc",
     "DroidSansFallbackFull.ttf",
     "wqy-microhei.ttc",
@@ -57,7 +61,8 @@ WIDE_FONTS: Final = (
     "Hiragino Sans GB.ttc",
     "msyh.ttc",
 )
-"""Looked for in the system's font folders where a caption has characters that Pillow's own font lacks, as Chinese."""
+"""Looked for in the system's font folders where a caption needs more than Pillow's own font, which is plain ASCII and
+little else. AutoGLM-Phone writes Chinese."""
 BAND_PIXELS = 1 << 20
 """A mark is computed so many pixels at a time: an arrow over a large picture would take gigabytes at once."""
 
@@ -100,10 +105,19 @@ def draw(image: Array, action: Action, out: Path) -> None:
     place, and a Tap's message, is written in a strip over the lower edge. `image`: uint8 [H,W,3], RGB.
     Raises: UsageError `unknown-picture-suffix`, `picture-not-written`, `not-an-image`, `no-pixels`.
     """
+    check_out(out)
+    _save(mark(image, action), out)
+
+
+def check_out(out: Path) -> None:
+    """Whether a picture can have this name and be put there; worth knowing before a model runs for minutes.
+
+    Raises: UsageError `unknown-picture-suffix`, `picture-not-written`.
+    """
     if out.suffix.lower() not in FORMATS:
         raise errors.unknown_picture_suffix(out, FORMATS)
-    marked = mark(image, action)
-    _save(marked, out)
+    if not out.parent.is_dir():
+        raise errors.picture_not_written(out, f"{out.parent} is no folder")
 
 
 def mark(image: Array, action: Action) -> Array:
@@ -113,7 +127,7 @@ def mark(image: Array, action: Action) -> Array:
     points = to_pixels(action, width, height)
     text = caption(action)
     if text:
-        _write(canvas, text, RED if isinstance(action, Malformed) else DARK)
+        _write(canvas, text, DARK_RED if isinstance(action, Malformed) else DARK)
     unit = max(1.0, min(height, width) / 150)
     if isinstance(action, Swipe):
         _outlined(canvas, _arrow(points["start"], points["end"], unit), unit)
@@ -214,8 +228,6 @@ def _write(canvas: Array, text: str, background: Colour) -> None:
     pen = ImageDraw.Draw(picture)
     for number, content in enumerate(lines):
         pen.text((margin, margin + number * line), content, fill=WHITE, font=font)
-    shade = 0.85 if background is DARK else 1.0
-    del shade
     canvas[height - strip :] = np.asarray(picture)
 
 
@@ -236,12 +248,25 @@ def wrap(text: str, widths: Sequence[float], room: float) -> list[str]:
     return [*lines, text[start:]]
 
 
-def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font; where it lacks a character of the text, one of WIDE_FONTS that is installed."""
+def _font(text: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's own font, or the installed one of WIDE_FONTS that has the most of the text's characters; a character
+    that none has is shown as a box."""
     from PIL import ImageFont
 
     own = ImageFont.load_default(size)
-    return own
+    if not _missing(own, text):
+        return own
+    fonts = [own]
+    for name in WIDE_FONTS:
+        with suppress(OSError):  # not installed
+            fonts.append(ImageFont.truetype(name, size))
+    return min(fonts, key=lambda font: _missing(font, text))
+
+
+def _missing(font: ImageFont.FreeTypeFont | ImageFont.ImageFont, text: str) -> int:
+    """How many characters the font draws as it draws one that no font can have."""
+    unknown = bytes(font.getmask("\U0010ffff"))
+    return sum(bytes(font.getmask(letter)) == unknown for letter in set(text) - {" "})
 
 
 # files

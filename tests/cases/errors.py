@@ -30,6 +30,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "path": Path("models/tiny/model.safetensors.index.json"),
         "problem": "it has no weight_map",
     },
+    "bad_tower": {"path": Path("models/model.bin"), "problem": "it has version 5; 6 is known"},
+    "cache_not_writable": {"folder": Path("cache/models"), "problem": "No space left on device"},
     "bad_safetensors": {
         "path": Path("models/tiny/model.safetensors"),
         "problem": "the data of 'lm_head.weight' overlaps its neighbour",

@@ -1,0 +1,103 @@
+"""autoglm-phone-mini: a checkpoint put together from installed packages and the trained adaptor."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from edgeexport import errors
+from edgeexport.checkpoint import open_checkpoint
+from edgeexport.checkpoint.digest import file_sha256, header_digest
+from edgeexport.checkpoint.models import find_installed
+from edgeexport.checkpoint.safetensors import read_header
+from edgeexport.checkpoint.weights import WeightReader
+from edgeexport.core import Array, Checkpoint, TensorRef
+from edgeexport.families.autoglm_phone.config import MODEL_TYPE, PRESETS, preset
+from edgeexport.families.autoglm_phone.towers import AUDIO, VISION, read_audio, read_vision
+from edgeexport.paths import cache_dir
+
+NAME: Final = "autoglm-phone-mini"
+DECODER: Final = "smollm2-135m"
+ADAPTOR: Final = Path(__file__).with_name("adaptor.safetensors")
+LAYOUT = "1"
+"""Changes when what is written to the cache does."""
+
+
+def open_mini() -> Checkpoint:
+    """The checkpoint of `autoglm-phone-mini`.
+
+    Vision, audio, alignment and fusion lie in one file in the cache, written once; the decoder's tensors stay where
+    they are, in the GGUF file of its package, and only get the prefix "decoder.".
+
+    Raises: CheckpointError `model-not-installed`, `model-differs`, `bad-tower`.
+    """
+    config = dict(PRESETS["mini"])
+    text = open_checkpoint(DECODER)
+    weights = _cached_weights()
+    tensors = {**read_header(weights), **_decoder_tensors(text)}
+    files = (weights, *text.files)
+    return Checkpoint(
+        path=weights.parent,
+        name=NAME,
+        format="safetensors",
+        model_type=MODEL_TYPE,
+        config=config,
+        generation=text.generation,
+        tensors=tensors,
+        files=files,
+        processor={},
+        read_tokenizer=text.read_tokenizer,
+        header_digest=header_digest(config, text.generation, tensors, files),
+    )
+
+
+def _decoder_tensors(text: Checkpoint) -> dict[str, TensorRef]:
+    return {f"decoder.{name}": dataclasses.replace(ref, name=f"decoder.{name}") for name, ref in text.tensors.items()}
+
+
+def _cached_weights() -> Path:
+    """The safetensors file of everything but the decoder. Its folder is named after what goes into it."""
+    adaptor = file_sha256(ADAPTOR)
+    key = hashlib.sha256("\n".join((LAYOUT, VISION.sha256, AUDIO.sha256, adaptor)).encode()).hexdigest()
+    path = cache_dir() / "models" / f"{NAME}-{key[:16]}" / "model.safetensors"
+    if not path.is_file():
+        _write(path, tower_weights() | adaptor_weights())
+    return path.resolve()
+
+
+def tower_weights() -> dict[str, Array]:
+    """vision.* float32 and audio.* float16, as their packages have them. Needs torch.
+
+    Raises: CheckpointError `model-not-installed`, `model-differs`, `bad-tower`.
+    """
+    vision = read_vision(find_installed(NAME, VISION))
+    audio = read_audio(find_installed(NAME, AUDIO), preset("mini").audio_config)
+    return {f"vision.{name}": value for name, value in vision.items()} | {
+        f"audio.{name}": value for name, value in audio.items()
+    }
+
+
+def adaptor_weights() -> dict[str, Array]:
+    """align.* and fusion.* float16, as they were trained."""
+    with WeightReader() as reader:
+        return {name: reader.raw(ref, 0, ref.shape[0]) for name, ref in read_header(ADAPTOR).items()}
+
+
+def _write(path: Path, weights: Mapping[str, Array]) -> None:
+    """Whole or not at all, the same bytes every time. Raises: ToolError `cache-not-writable`."""
+    from safetensors.numpy import save
+
+    data = save({name: np.ascontiguousarray(value) for name, value in weights.items()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(data)
+        Path(file.name).replace(path)
+    except OSError as problem:
+        raise errors.cache_not_writable(path.parent, problem.strerror or str(problem)) from problem
