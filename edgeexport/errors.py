@@ -1184,9 +1184,9 @@ def json_needs_prompt() -> UsageError:
         _error(
             "json-needs-prompt",
             "a chat cannot be one JSON document",
-            "--json",
-            "`edgeexport run --json` answers one prompt, and none was given",
-            "add --prompt, or leave out --json to chat",
+            "--json, --action",
+            "`edgeexport run` with --json or --action answers one prompt, and none was given",
+            "add --prompt, or leave out --json and --action to chat",
         )
     )
 
@@ -1204,15 +1204,14 @@ def internal_error(kind: str, message: str) -> EdgeExportError:
     )
 
 
-def worker_died(code: int) -> ToolError:
-    ended = f"signal {-code} ended it" if code < 0 else f"it ended with code {code}"
-    return ToolError(
+def unknown_voice(voice: str) -> UsageError:
+    return UsageError(
         _error(
-            "worker-died",
-            "a process that worked on the weights ended before its work was done",
-            "edgeexport.workers",
-            f"{ended}; signal 9 is how the system ends processes when memory is short",
-            "free memory, or give the container more, and run the command again; what is finished is kept in the cache",
+            "unknown-voice",
+            f"eSpeak NG has no voice {voice!r}",
+            voice,
+            "a voice is a language and perhaps a variant",
+            "take one like en-us, en-us+f2 or en-us+m3",
         )
     )
 
@@ -1316,6 +1315,67 @@ def artifact_does_not_open(path: str, runtime: str, problem: str) -> BundleError
             problem[:400],
             "run `edgeexport verify` on the bundle; if it is intact, update the runtime to the version in its manifest",
         )
+    )
+
+
+# ML packages
+
+
+def mlpackage_damaged(path: Path, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "mlpackage-damaged",
+            "the ML package cannot be read",
+            path,
+            problem[:400],
+            "copy or build the package again; a package is a folder, and all of it is needed",
+        )
+    )
+
+
+def mlpackage_op_unknown(path: Path, ops: Iterable[str], known: int) -> BundleError:
+    return BundleError(
+        _error(
+            "mlpackage-op-unknown",
+            f"the package has operations that are not known here: {', '.join(sorted(ops))}",
+            path,
+            f"the interpreter knows {known} operations of ML programs, and these are none of them",
+            "run it with Core ML on a Mac; `edgeexport inspect` still lists its functions and inputs",
+        )
+    )
+
+
+def mlpackage_op_failed(path: Path, op: str, name: str, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "mlpackage-op-failed",
+            f"the operation {op} cannot be evaluated",
+            f"{path}: {name}",
+            problem[:400],
+            "build the package again; if it was built by edgeexport, report this with the package",
+        )
+    )
+
+
+def mlpackage_bad_input(path: Path, name: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "mlpackage-bad-input",
+            f"the input {name} does not fit the package",
+            path,
+            problem,
+            "`edgeexport inspect` lists the inputs of every function with their shapes",
+        )
+    )
+
+
+def coreml_unsafe_program(function: str, where: str, why: str) -> Finding:
+    return _error(
+        "coreml-unsafe-program",
+        f"the function {function} has a pattern that Core ML may compute wrongly",
+        where,
+        why,
+        "this is a mistake of the lowering, not of the model: report it with the model's config.json",
     )
 
 

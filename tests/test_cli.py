@@ -320,7 +320,7 @@ class Counting:
         self.fed: list[tuple[int, str]] = []
         self.interrupt_at: int | None = None
 
-    def step(self, tokens: Any, position: int) -> Any:
+    def step(self, tokens: Any, position: int, rope: Any = None) -> Any:
         if self.interrupt_at is not None and position >= self.interrupt_at:
             self.interrupt_at = None
             raise KeyboardInterrupt

@@ -97,8 +97,14 @@ def test_a_swipe_runs_from_its_start_to_its_end(size: tuple[int, int]) -> None:
         found = marked[round(ay + part * (by - ay)), round(ax + part * (bx - ax))]
         assert np.abs(found - np.array(RED)).max() <= 60, "red, but for the smoothing of its edge"
     assert not changed(image, marked)[:, -size[1] // 4 :].any(), "nothing on the right"
-    backwards = mark(image, Swipe(start=swipe.end, end=swipe.start))
-    assert not np.array_equal(marked, backwards), "the head tells the direction"
+
+
+def test_the_head_of_an_arrow_is_at_its_end() -> None:
+    """The arrow is widest shortly before its end, and wider there than its dot."""
+    marks = changed(flat(300, 300), mark(flat(300, 300), Swipe(start=(200, 500), end=(800, 500))))
+    widths = marks.sum(axis=0)
+    assert 210 < widths.argmax() < 240
+    assert widths.max() > 1.3 * widths[40:80].max()
 
 
 def test_a_swipe_to_where_it_starts_is_a_dot() -> None:
@@ -224,6 +230,19 @@ def test_a_font_that_has_the_letters_is_taken(monkeypatch: pytest.MonkeyPatch) -
     assert asked == []
     assert isinstance(_font(letters, 20), Other)
     assert _font("\U0010ffff", 20) is own, "nobody has it"
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "lines"),
+    [
+        ("one two three", 7, ["one two", "three"]),
+        ("one two three", 6, ["one", "two", "three"]),
+        ("abcdefgh ij", 5, ["abcde", "fgh", "ij"]),
+        ("", 5, [""]),
+    ],
+)
+def test_lines_are_broken_at_spaces_where_there_are_any(text: str, room: float, lines: list[str]) -> None:
+    assert wrap(text, [1.0] * len(text), room) == lines
 
 
 @given(st.text("ab ", max_size=60), st.floats(1, 12))

@@ -1,19 +1,18 @@
-"""One file of weights, written in place: offsets are laid out first, then processes stream in row blocks."""
+"""One file of weights, written in place: offsets are laid out first, then row blocks stream in from both cores."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from edgeexport import errors
 from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
 from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
-from edgeexport.workers import spread
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what SIMD loads of the runtimes want."""
@@ -21,16 +20,8 @@ ALIGNMENT = 64
 BLOCK_ELEMENTS = 1 << 20
 """Elements per streamed row block: 4 MB of float32, so that all temporaries stay far below any memory bar."""
 
-PROCESSES = 2
+THREADS = 2
 """Each does what a core can: on one EPYC core, int4-b128 from bfloat16 at PER_CORE million elements per second."""
-
-LARGE = 1 << 26
-"""Elements from which on it pays to start processes, which takes a quarter of a second."""
-
-Seen = TypeVar("Seen")
-Observer = Callable[[str, int, int, Array], Seen]
-"""(name, start, stop, rows): rows start..stop of a weight as the file holds them, float32 [stop - start, width]; of a
-vector, elements. It is pickled, runs in the process that wrote or read the block, and so must what it returns be."""
 
 
 @dataclass
@@ -89,33 +80,10 @@ def blocks(width: int, fmt: Format) -> int:
 def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress) -> None:
     """Write the file that `layout` describes. Rows are quantised and packed as they pass; nothing is kept.
 
-    Beyond `LARGE` elements `source` is pickled and works in several processes.
-    Raises: UsageError `output-not-writable` when the disk is full or read-only; ToolError `worker-died`.
+    Raises: UsageError `output-not-writable` when the disk is full or read-only; what `source` raises.
     """
-    _write(folder, layout, _Writer(folder, layout.weights, source, None), progress)
-
-
-def write_observed(
-    folder: Path, layout: Layout, source: WeightSource, observer: Observer[Seen], progress: Progress
-) -> dict[str, list[Seen]]:
-    """As `write`; each block is read back as soon as it is written, while it is in the cache, and shown to `observer`.
-
-    Returns what the observer returned, by weight, in the order of the rows. Raises as `write`, and as `observer` does.
-    """
-    return _write(folder, layout, _Writer(folder, layout.weights, source, observer), progress)
-
-
-def observe(
-    folder: Path, weights: Mapping[str, StoredWeight], observer: Observer[Seen], progress: Progress
-) -> dict[str, list[Seen]]:
-    """Show every row block of files that exist to `observer`; returns as `write_observed` does.
-
-    Raises: BundleError `artifact-truncated`; ToolError `worker-died`; what `observer` does.
-    """
-    return _run(_Shower(folder, weights, observer), weights, progress)
-
-
-def _write(folder: Path, layout: Layout, work: _Writer[Seen], progress: Progress) -> dict[str, list[Seen]]:
+    jobs = list(_blocks(layout.weights))
+    total, done = sum(job.elements for job in jobs), 0
     try:
         descriptor = os.open(folder / layout.file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -123,9 +91,16 @@ def _write(folder: Path, layout: Layout, work: _Writer[Seen], progress: Progress
                 os.posix_fallocate(descriptor, 0, layout.size)  # a full disk shows now, not after minutes
             for offset, array in layout.constants.values():
                 _write_all(descriptor, array, offset)
+            with ThreadPoolExecutor(THREADS) as pool:
+                try:
+                    for elements in pool.map(lambda job: _write_block(job, layout, descriptor, source), jobs):
+                        done += elements
+                        progress(done, total)
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
         finally:
             os.close(descriptor)
-        return _run(work, layout.weights, progress)
     except OSError as problem:
         raise errors.output_not_writable(folder, str(problem)) from problem
 
@@ -153,7 +128,7 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
 
 @dataclass(frozen=True)
 class _Block:
-    """Rows start..stop of one weight: one job of a worker."""
+    """Rows start..stop of one weight."""
 
     name: str
     start: int
@@ -170,54 +145,9 @@ def _blocks(weights: Mapping[str, StoredWeight]) -> Iterator[_Block]:
             yield _Block(name, start, stop, (stop - start) * width)
 
 
-def _run(
-    work: Callable[[_Block], Seen | None], weights: Mapping[str, StoredWeight], progress: Progress
-) -> dict[str, list[Seen]]:
-    """Do all blocks, in several processes where they are many; what was seen, by weight."""
-    jobs = list(_blocks(weights))
-    total, done = sum(job.elements for job in jobs), 0
-    seen: dict[str, list[Seen]] = {}
-    for job, found in zip(jobs, spread(work, jobs, PROCESSES if total >= LARGE else 1), strict=True):
-        if found is not None:
-            seen.setdefault(job.name, []).append(found)
-        done += job.elements
-        progress(done, total)
-    return seen
-
-
-@dataclass(frozen=True)
-class _Writer(Generic[Seen]):
-    """Writes a block, and shows it to the observer, if there is one."""
-
-    folder: Path
-    weights: Mapping[str, StoredWeight]
-    source: WeightSource
-    observer: Observer[Seen] | None
-
-    def __call__(self, job: _Block) -> Seen | None:
-        weight = self.weights[job.name]
-        descriptor = os.open(self.folder / weight.file, os.O_WRONLY)
-        try:
-            _write_block(job, weight, descriptor, self.source)
-        finally:
-            os.close(descriptor)
-        return None if self.observer is None else _Shower(self.folder, self.weights, self.observer)(job)
-
-
-@dataclass(frozen=True)
-class _Shower(Generic[Seen]):
-    """Reads a block back and shows it to the observer."""
-
-    folder: Path
-    weights: Mapping[str, StoredWeight]
-    observer: Observer[Seen]
-
-    def __call__(self, job: _Block) -> Seen:
-        rows = read_rows(self.folder, self.weights[job.name], job.start, job.stop)
-        return self.observer(job.name, job.start, job.stop, rows)
-
-
-def _write_block(job: _Block, weight: StoredWeight, descriptor: int, source: WeightSource) -> None:
+def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSource) -> int:
+    """Returns the block's elements."""
+    weight = layout.weights[job.name]
     fmt, (_, width) = weight.format, _matrix(weight.shape)
     if fmt.integer:
         values, scales = source.quantized_rows(job.name, job.start, job.stop)
@@ -226,6 +156,7 @@ def _write_block(job: _Block, weight: StoredWeight, descriptor: int, source: Wei
     else:
         data = source.float_rows(job.name, job.start, job.stop)
     _write_all(descriptor, data, weight.offset + job.start * row_bytes(width, fmt))
+    return job.elements
 
 
 def _pack(values: Array, weight: StoredWeight) -> Array:

@@ -37,7 +37,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         raise _wrong_file(path)
     from edgeexport.checkpoint.models import find_model
 
-    return _open_gguf(find_model(str(model)), str(model))
+    found = find_model(str(model))
+    return _open_gguf(found, str(model)) if isinstance(found, Path) else found.open()
 
 
 def _wrong_file(path: Path) -> errors.CheckpointError:

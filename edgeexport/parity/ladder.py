@@ -6,6 +6,7 @@ largest of the three, not their sum.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,7 @@ from edgeexport.core import (
     Example,
     OracleModel,
     ParityResult,
+    Progress,
     QuantPlan,
     TensorRef,
     TensorSpec,
@@ -41,6 +43,9 @@ from edgeexport.session.session import Session
 
 DECODE_STEPS = 8
 """Decode calls of the numeric levels, after a prefill and a second chunk that meets a filled cache."""
+
+LONGEST = 32
+"""Tokens of a text that the numeric levels feed at most: each row costs a multiplication by the whole model."""
 
 DECODER = "decoder"
 
@@ -197,7 +202,8 @@ class _Evidence:
 
     def __init__(self, subject: Subject, watch: Watch) -> None:
         self.subject, self.watch = subject, watch
-        text = _Sequence.of("text", max(subject.prompts, key=lambda prompt: len(prompt.tokens)))
+        longest = max(subject.prompts, key=lambda prompt: len(prompt.tokens))
+        text = _Sequence.of("text", replace(longest, tokens=longest.tokens[:LONGEST]))
         shown = [_Sequence.of(name, prompt) for name, prompt in subject.shown.items()]
         self.sequences = [text, *shown]
         """What the artifacts are asked."""
@@ -207,45 +213,57 @@ class _Evidence:
             self.probing = [text, *(_Sequence.of(name, prompt) for name, prompt in subject.probe.shown.items())]
 
     @cached_property
-    def probed(self) -> _Outcome:
-        """The unmodified model, asked what L2 asks."""
-        return self._run_oracle(self.probing)
+    def probed(self) -> tuple[_Outcome, _Outcome]:
+        """The unmodified model and the canonical graph over the checkpoint's weights, asked what L2 asks.
+
+        Both run at once, each on half of the cores: they read the same weights in the same order, and what one has
+        read from the disk the other finds in memory.
+        """
+        threads = max(1, len(os.sched_getaffinity(0)) // 2)
+        with (
+            self.watch("Running the original model and the canonical graph") as progress,
+            ThreadPoolExecutor(1) as pool,
+        ):
+            oracle = pool.submit(self._run_oracle, self.probing, threads)
+            graph = self.run_graph(self.probing, self.subject.checkpoint_rows, progress, threads)
+            return oracle.result(), graph
 
     @cached_property
     def oracle(self) -> _Outcome:
         """The unmodified model, asked what the artifacts are asked."""
-        return self.probed if self.subject.probe is None else self._run_oracle(self.sequences)
+        if self.subject.probe is None:
+            return self.probed[0]
+        with self.watch("Running the original model"):
+            return self._run_oracle(self.sequences)
 
-    def _run_oracle(self, sequences: Sequence[_Sequence]) -> _Outcome:
+    def _run_oracle(self, sequences: Sequence[_Sequence], threads: int = 0) -> _Outcome:
         from edgeexport.parity.reference import Reference
 
-        with self.watch("Running the original model"):
-            reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
-            firsts = [int(sequence.last[0]) for sequence in sequences]
-            answers = reference.answers([sequence.example for sequence in sequences], firsts)
+        reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
+        firsts = [int(sequence.last[0]) for sequence in sequences]
+        answers = reference.answers([sequence.example for sequence in sequences], firsts, threads)
         outcome = _Outcome(hidden=reference.hidden(0, len(sequences[0].example.tokens)))
         for sequence, answer in zip(sequences, answers, strict=True):
             outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
         outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}
         return outcome
 
-    def run_graph(self, sequences: Sequence[_Sequence], rows: Rows, title: str) -> _Outcome:
-        """The canonical graphs over these weights (by checkpoint name)."""
+    def run_graph(self, sequences: Sequence[_Sequence], rows: Rows, progress: Progress, threads: int = 0) -> _Outcome:
+        """The canonical graphs over these weights (by checkpoint name). `threads` as in `StreamedGraph`."""
         outcome = _Outcome()
         probes = self.subject.probe.models if self.subject.probe is not None else ()
 
         def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
             models = (*self.subject.parts[component].models, *probes)
             model = next(each for each in models if each.component == component and each.variant == variant)
-            outputs = StreamedGraph(model).run([inputs], _by_name(model, rows)).outputs[0]
+            outputs = StreamedGraph(model, threads).run([inputs], _by_name(model, rows)).outputs[0]
             outcome.made.setdefault(component, []).extend(outputs.values())
             return outputs
 
-        with self.watch(title) as progress:
-            calls = [self._calls(sequence, run) for sequence in sequences]
-            model = self.subject.decoder.models[0]
-            flat = [call.inputs() for each in calls for call in each]
-            trail = StreamedGraph(model).run(flat, _by_name(model, rows), progress)
+        calls = [self._calls(sequence, run) for sequence in sequences]
+        model = self.subject.decoder.models[0]
+        flat = [call.inputs() for each in calls for call in each]
+        trail = StreamedGraph(model, threads).run(flat, _by_name(model, rows), progress)
         start = 0
         for sequence, each in zip(sequences, calls, strict=True):
             outcome.logits[sequence.name] = trail.logits[start : start + len(each)]
@@ -349,8 +367,8 @@ def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
 
 def _graph(evidence: _Evidence, state: Climb) -> None:
     """L2: the canonical graphs against the original model, both over the checkpoint's weights in float32."""
-    subject, oracle = evidence.subject, evidence.probed
-    graph = evidence.run_graph(evidence.probing, subject.checkpoint_rows, "Running the canonical graph")
+    subject = evidence.subject
+    oracle, graph = evidence.probed
     limit = gates.gate(subject.overrides, "L2", "features", gates.GRAPH_FEATURES)
     for name, part in subject.parts.items():
         if name == DECODER:
@@ -416,7 +434,8 @@ def _lowering(evidence: _Evidence, state: Climb) -> None:
     subject, shipped = evidence.subject, evidence.shipped
     rounds = any(_kind(part) != "float" for part in subject.parts.values())  # integer kernels round activations too
     exact = evidence.run_artifacts(exact=True) if rounds else shipped
-    graph = evidence.run_graph(evidence.sequences, subject.stored_rows, "Running the dequantised graph")
+    with evidence.watch("Running the dequantised graph") as progress:
+        graph = evidence.run_graph(evidence.sequences, subject.stored_rows, progress)
     how = ", float32 activations" if rounds else ""
     why = "the lowering, apart from the rounding of activations" if rounds else ""
     features = gates.gate(subject.overrides, "L4", "features", gates.EXACT_FEATURES)

@@ -8,7 +8,8 @@ a part: a Linear beyond `LARGE_BYTES` is multiplied in row chunks.
 from __future__ import annotations
 
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,16 +55,17 @@ class Reference:
         for component, (module, read) in oracle.encoders.items():
             module.register_forward_hook(self._keep_made(component, read))
 
-    def answers(self, examples: Sequence[Example], firsts: Sequence[int]) -> list[Answer]:
+    def answers(self, examples: Sequence[Example], firsts: Sequence[int], threads: int = 0) -> list[Answer]:
         """Logits of every example's tokens (int64 [T]) after token `first` and each later one, in one pass where the
         model takes a batch.
 
-        Sequences are padded at the end; a causal model's earlier positions cannot see that.
+        Sequences are padded at the end; a causal model's earlier positions cannot see that. `threads` that multiply; 0
+        leaves it to torch: one for each core.
         """
         self._hidden.clear()
         for made in self._made.values():
             made.clear()
-        with torch.no_grad():
+        with torch.no_grad(), _torch_threads(threads):
             logits = self._oracle.logits(examples, min(firsts))
         start = min(firsts)
         return [
@@ -117,6 +119,17 @@ class Reference:
             self._made[component] += [np.asarray(each) for each in read(output)]
 
         return keep
+
+
+@contextmanager
+def _torch_threads(count: int) -> Iterator[None]:
+    """torch multiplies with so many threads; 0 changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _embed(name: str, rows: Rows) -> Any:

@@ -21,8 +21,9 @@ from edgeexport.core import Array, CanonicalModel, Progress, no_progress
 Rows = Callable[[str, int, int], Array]
 """(weight name, start, stop) -> float32 rows; of a vector, elements."""
 
-LARGE_BYTES = 64 << 20
-"""A weight beyond this is multiplied in row chunks of this size and never held whole."""
+LARGE_BYTES = 16 << 20
+"""A weight beyond this is multiplied in row chunks of this size and never held whole. glibc keeps blocks below 32 MB for
+the next chunk; it gives larger ones back to the system, and getting them anew costs as much as filling them."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ class _Attend:
 class StreamedGraph:
     """A component's canonical graph, to be run with weights from anywhere."""
 
-    def __init__(self, model: CanonicalModel) -> None:
+    def __init__(self, model: CanonicalModel, threads: int = 0) -> None:
+        """`threads` that multiply; 0 leaves it to ONNX Runtime: one for each core."""
         self._model = model
+        self._threads = threads
         self._graph: ir.Graph = model.graph.graph
         self._plan = {stage: self._cut(stage) for stage in model.stages}
         self._sessions: dict[bytes, ort.InferenceSession] = {}
@@ -151,17 +154,21 @@ class StreamedGraph:
                 ]
             return
         step = max(1, LARGE_BYTES // (4 * width))
-        for known in values:
-            known[part.output] = np.empty((*known[part.input].shape[:-1], count), np.float32)
+        session = self._session(_multiplication())
+        x = np.concatenate([_matrix(known[part.input]) for known in values])  # each chunk is read once for all calls
+        product = np.empty((len(x), count), np.float32)
         for start in range(0, count, step):
             chunk = rows(part.weight, start, min(count, start + step))
-            for known in values:
-                np.matmul(known[part.input], chunk.T, out=known[part.output][..., start : start + len(chunk)])
+            product[:, start : start + len(chunk)] = session.run(None, {"x": x, "w": chunk})[0]
+        ends = np.cumsum([_matrix(known[part.input]).shape[0] for known in values])[:-1]
+        for known, piece in zip(values, np.split(product, ends), strict=True):
+            known[part.output] = piece.reshape(*known[part.input].shape[:-1], count)
 
     def _session(self, model: bytes) -> ort.InferenceSession:
         if model not in self._sessions:
             options = ort.SessionOptions()
             options.log_severity_level = 3
+            options.intra_op_num_threads = self._threads
             options.enable_cpu_mem_arena = False  # an arena would keep the largest stage's memory
             options.enable_mem_pattern = False
             self._sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -292,6 +299,21 @@ class StreamedGraph:
                 if value.dtype == ir.DataType.FLOAT and _is_hidden(value) and users - {stage}:
                     found.append(value)
         return found
+
+
+def _multiplication() -> bytes:
+    """The model x [rows, width], w [count, width] -> x w^T [rows, count]."""
+    x, w = (
+        ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([None, None])) for name in ("x", "w")
+    )
+    turned = ir.Node("", "Transpose", [w], [ir.AttrInt64s("perm", [1, 0])])
+    product = ir.Node("", "MatMul", [x, turned.outputs[0]])
+    product.outputs[0].name = "product"
+    product.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    turned.outputs[0].name = "turned"
+    graph = ir.Graph([x, w], [product.outputs[0]], nodes=[turned, product], opset_imports={"": 21}, name="product")
+    proto: Any = ir.serde.serialize_model(ir.Model(graph, ir_version=10))
+    return bytes(proto.SerializeToString(deterministic=True))
 
 
 def _is_hidden(value: ir.Value) -> bool:

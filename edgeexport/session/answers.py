@@ -122,10 +122,10 @@ class AnswerSplitter:
 
 
 def _held(text: str) -> str:
-    """The end of `text` that may be the beginning of a tag."""
+    """The end of `text`, which has no whole tag, that may be the beginning of one."""
     at = text.rfind("<")
     tail = text[at:] if at >= 0 else ""
-    return tail if tail and any(tag.startswith(tail) and tag != tail for tag in _TAGS) else ""
+    return tail if tail and any(tag.startswith(tail) for tag in _TAGS) else ""
 
 
 def _joined(parts: list[str]) -> str | None:

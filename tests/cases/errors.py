@@ -112,7 +112,6 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bad_size": {"option": "--max-rss", "text": "lots"},
     "json_needs_prompt": {},
     "internal_error": {"kind": "KeyError", "message": "'logits'"},
-    "worker_died": {"code": -9},
     "missing_package": {"package": "torch", "extra": "build"},
     "broken_dependency": {"package": "onnxruntime", "problem": "libonnxruntime.so: cannot open shared object file"},
     "artifact_too_large": {"target": "android-ort", "nbytes": 5368709120, "limit": 2147483648},
@@ -140,6 +139,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "output_exists": {"folder": Path("dist/smollm2-135m-host-ort"), "reason": "it holds files that no build wrote"},
     "output_not_writable": {"folder": Path("dist"), "problem": "No space left on device"},
     "context_too_long": {"asked": 16384, "maximum": 8192},
+    "unknown_voice": {"voice": "en-xx"},
     "unknown_model": {"name": "smollm", "known": ["smollm2-135m"]},
     "unknown_model_type": {"model_type": "lama", "known": ["glm4", "llama", "qwen2", "qwen3"]},
     "bad_config": {"key": "hidden_size", "value": -64, "why": "a positive integer is needed"},
@@ -207,4 +207,26 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "image_tokens_mismatch": {"places": 1, "wanted": 495},
     "action_needs_picture": {},
     "shapes_missing": {"section": "vision", "example": "screens = [[2400, 1080]] and max_pixels = 401408"},
+    # ML packages
+    "mlpackage_damaged": {
+        "path": Path("decoder.mlpackage/Manifest.json"),
+        "problem": "it does not say which file is the model",
+    },
+    "mlpackage_op_unknown": {"path": Path("decoder.mlpackage"), "ops": ["lstm", "gru"], "known": 120},
+    "mlpackage_op_failed": {
+        "path": Path("decoder.mlpackage"),
+        "op": "matmul",
+        "name": "layers_0_scores",
+        "problem": "shapes (1,4) and (3,2) do not fit",
+    },
+    "mlpackage_bad_input": {
+        "path": Path("decoder.mlpackage"),
+        "name": "input_ids",
+        "problem": "int32[1, 64] is needed, int32[1, 5] was given",
+    },
+    "coreml_unsafe_program": {
+        "function": "decode",
+        "where": "layers_0_key",
+        "why": "the state past_key_0 is read after it is written",
+    },
 }

@@ -29,7 +29,7 @@ LAYOUT = "1"
 """Changes when what is written to the cache does."""
 
 
-def open_mini() -> Checkpoint:
+def open_model() -> Checkpoint:
     """The checkpoint of `autoglm-phone-mini`.
 
     Vision, audio, alignment and fusion lie in one file in the cache, written once; the decoder's tensors stay where
