@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -25,7 +26,13 @@ from edgeexport.paths import cache_dir
 NAME: Final = "autoglm-phone-mini"
 DECODER: Final = "smollm2-135m"
 ADAPTOR: Final = Path(__file__).with_name("adaptor.safetensors")
-LAYOUT = "1"
+TEMPLATE: Final = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""SmolLM2's own without the system message that it puts in front of a conversation that has none: the adaptor was
+trained on questions alone."""
+LAYOUT: Final = "1"
 """Changes when what is written to the cache does."""
 
 
@@ -52,13 +59,28 @@ def open_model() -> Checkpoint:
         tensors=tensors,
         files=files,
         processor={},
-        read_tokenizer=text.read_tokenizer,
+        read_tokenizer=partial(_tokenizer_files, text),
         header_digest=header_digest(config, text.generation, tensors, files),
     )
 
 
 def _decoder_tensors(text: Checkpoint) -> dict[str, TensorRef]:
     return {f"decoder.{name}": dataclasses.replace(ref, name=f"decoder.{name}") for name, ref in text.tensors.items()}
+
+
+def _tokenizer_files(text: Checkpoint) -> dict[str, bytes]:
+    return {**text.read_tokenizer(), "chat_template.jinja": TEMPLATE.encode()}
+
+
+def tokenizer_files() -> dict[str, bytes]:
+    """mini's tokenizer and chat template."""
+    return _tokenizer_files(open_checkpoint(DECODER))
+
+
+def decoder_weights() -> dict[str, Array]:
+    """The decoder's tensors as float32 by their own names, decoded out of the GGUF file."""
+    with WeightReader() as reader:
+        return {name: reader.read(ref) for name, ref in open_checkpoint(DECODER).tensors.items()}
 
 
 def _cached_weights() -> Path:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeexport.core import Checkpoint, Component, Dim, Geometry, OracleModel, Stage, TensorSpec
 from edgeexport.families.autoglm_phone.config import MODEL_TYPE, PRESETS, Config, from_dict
+from edgeexport.families.autoglm_phone.preparation import audio_contract, image_contract
 from edgeexport.families.decoder import (
     DECODER_OPS,
     decoder_component,
@@ -21,8 +22,6 @@ from edgeexport.families.decoder import (
     refuse_context,
     refuse_rope,
 )
-from edgeexport.session.audio import AudioContract
-from edgeexport.session.image_contract import PixelContract
 from edgeexport.session.preprocess import Preprocess
 
 if TYPE_CHECKING:
@@ -97,12 +96,7 @@ class AutoGlmPhoneFamily:
     def preprocess(self, checkpoint: Checkpoint, shapes: Mapping[str, Any]) -> Preprocess:
         """The contract of pictures and sound, from config.json. Raises: CheckpointError `bad-config`."""
         config = from_dict(checkpoint.config)
-        vision, audio = config.vision_config, config.audio_config
-        return Preprocess(
-            image=PixelContract(vision.image_size, vision.mean, vision.std),
-            audio=AudioContract(audio.sample_rate, audio.n_fft, audio.hop_length, audio.n_mels, audio.seconds),
-            joining="attend",
-        )
+        return Preprocess(image=image_contract(config), audio=audio_contract(config), joining="attend")
 
     def oracle(self, config: Mapping[str, Any]) -> OracleModel:
         """The unmodified torch model of model.py. Needs torch."""
