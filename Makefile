@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden bench bench-peers bench-1b test-gpu clean
+.PHONY: setup demo test lint golden bench bench-peers bench-1b bench-9b test-gpu clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,10 @@ bench: setup
 # Memory and time of a 1.1B-parameter build (writes 2.2 GB).
 bench-1b: setup
 	$(BIN)/python benchmarks/bench_1b.py
+
+# Memory, time and bytes of a 9B-parameter multimodal build (writes 26 GB).
+bench-9b: setup
+	$(BIN)/python benchmarks/bench_9b.py
 
 # llama.cpp and onnxruntime-genai in a venv of their own, and ours, in one sitting.
 bench-peers: setup

@@ -1369,6 +1369,18 @@ def mlpackage_bad_input(path: Path, name: str, problem: str) -> UsageError:
     )
 
 
+def coreml_interpreted(package: str) -> Finding:
+    return Finding(
+        "note",
+        "coreml-interpreted",
+        "the ML package was run by this tool's interpreter, not by Core ML",
+        package,
+        "Core ML exists on Apple's systems only; how its CPU, GPU and Neural Engine round, and what they refuse, is not "
+        "proven here",
+        "run the bundle's golden vectors on a Mac or an iPhone before you ship it",
+    )
+
+
 def coreml_unsafe_program(function: str, where: str, why: str) -> Finding:
     return _error(
         "coreml-unsafe-program",

@@ -24,8 +24,9 @@ from edgeexport.quant.source import PlannedWeights
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from edgeexport.parity.evidence import Probe
     from edgeexport.parity.examples import Shown
-    from edgeexport.parity.ladder import Climb, Probe
+    from edgeexport.parity.ladder import Climb
 
 DECODER = "decoder"
 PROBE_WORK = 1e12
@@ -169,6 +170,7 @@ def climb(
     """Climb the parity ladder over the files that were written."""
     from edgeexport.backends.storage import read_rows
     from edgeexport.parity import examples, ladder
+    from edgeexport.parity.evidence import Part, Subject
 
     tensors = job.checkpoint.tensors
     runner = backends.load_runner(job.target.backend)
@@ -195,8 +197,8 @@ def climb(
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
     by_name = {part.name: part.files for part in parts}
-    subject = ladder.Subject(
-        parts={part.name: ladder.Part(part.models, part.plan, signature_of(part)) for part in parts},
+    subject = Subject(
+        parts={part.name: Part(part.models, part.plan, signature_of(part)) for part in parts},
         contract=job.contract,
         tensors=tensors,
         unused=job.family.unused(job.checkpoint),
@@ -215,7 +217,8 @@ def climb(
 
 def _probe(job: Job, parts: Sequence[Built], shown: Mapping[str, Shown], console: Console) -> Probe | None:
     """A small picture for L2, where the built ones would cost more than `PROBE_WORK`; None where they do not."""
-    from edgeexport.parity import examples, ladder
+    from edgeexport.parity import examples
+    from edgeexport.parity.evidence import Probe
 
     if job.contract is None or not job.contract.grids:
         return None
@@ -234,7 +237,7 @@ def _probe(job: Job, parts: Sequence[Built], shown: Mapping[str, Shown], console
     assert contract is not None, "the model has one for other grids"
     vocab = job.family.geometry(job.checkpoint.config).vocab
     small = examples.shown(contract, job.tokenizer_files["tokenizer.json"], vocab, job.context)
-    return ladder.Probe(models, {name: case.example for name, case in small.items()}, work)
+    return Probe(models, {name: case.example for name, case in small.items()}, work)
 
 
 def shown(job: Job) -> dict[str, Shown]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from edgeexport import core, errors
 from edgeexport.bundle import manifest as manifests
+from edgeexport.bundle.files import sha256_of
 from edgeexport.bundle.manifest import Gates, Golden, Manifest
 from edgeexport.bundle.verify import VerifyReport
 from edgeexport.bundle.writer import BundleWriter
@@ -101,6 +103,14 @@ def codes(report: VerifyReport) -> list[str]:
 
 def code_of(error: pytest.ExceptionInfo[errors.EdgeExportError]) -> str:
     return error.value.findings[0].code
+
+
+def rehash(folder: Path, **changes: Any) -> None:
+    """Give the bundle a manifest that agrees with its files, as someone who knows the format could."""
+    old = manifests.from_json((folder / "manifest.json").read_bytes())
+    files = {name: manifests.FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in old.files}
+    (folder / "manifest.json").write_bytes(manifests.to_json(msgspec.structs.replace(old, files=files, **changes)))
+    (folder / "manifest.json.sha256").write_text(sha256_of(folder / "manifest.json") + "\n")
 
 
 VALID = a_manifest(

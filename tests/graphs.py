@@ -20,23 +20,54 @@ from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.core import Array, Artifact, CanonicalModel, Checkpoint, Dim, QuantPlan, Target, TensorSpec, no_progress
 from edgeexport.quant import plan
 from edgeexport.quant.source import PlannedWeights
+from edgeexport.session.inputs import Inputs
+from edgeexport.session.preprocess import Preprocess
+from edgeexport.session.runner import Call
 
 FAMILIES = tuple(sorted(families.known()))
+TEXT_FAMILIES = tuple(name for name in FAMILIES if "vision_config" not in families.find(name).tiny)
 CONTEXT = 32
 DTYPES = {name: "float16" if name == "qwen3" else "bfloat16" for name in FAMILIES}
 """What each family's tiny checkpoint is stored as, unless a test says otherwise."""
+SHAPES = {"vision": {"screens": [[56, 84], [84, 56]], "max_pixels": 56 * 84}}
+"""Two grids of 4 x 6 and 6 x 4 patches, where a model has patches."""
+PROCESSOR = {
+    "image_processor_type": "Glm4vImageProcessor",
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 400},
+}
+"""preprocessor_config.json of the tiny models with patches."""
 
 
 @dataclass(frozen=True)
 class Traced:
-    """A checkpoint with its canonical graph."""
+    """A checkpoint with the canonical graphs of its components: `parts` by (component, variant)."""
 
     checkpoint: Checkpoint
-    model: CanonicalModel
+    parts: Mapping[tuple[str, str], CanonicalModel]
 
-    def plan(self, scheme: str) -> QuantPlan:
-        classes = dialect.classes(self.model.graph, self.model.weights)
-        return plan({name: ref.shape for name, ref in self.model.weights.items()}, classes, scheme)
+    @property
+    def model(self) -> CanonicalModel:
+        """The decoder."""
+        return self.parts["decoder", ""]
+
+    @property
+    def contract(self) -> Preprocess | None:
+        return families.find(self.checkpoint.model_type).preprocess(self.checkpoint, SHAPES)
+
+    def variants(self, component: str) -> list[CanonicalModel]:
+        """The graphs of one component, which read the same weights."""
+        return [model for (name, _), model in self.parts.items() if name == component]
+
+    def plan(self, scheme: str, component: str = "decoder") -> QuantPlan:
+        model = self.variants(component)[0]
+        classes = dialect.classes(model.graph, model.weights, component)
+        return plan({name: ref.shape for name, ref in model.weights.items()}, classes, scheme)
+
+    def components(self) -> list[str]:
+        return list(dict.fromkeys(component for component, _ in self.parts))
 
 
 class Zoo:
@@ -54,49 +85,81 @@ class Zoo:
         return traced(write_checkpoint(folder, config, dtype or DTYPES[family]))
 
     def _oracle(self, *model: Any) -> Any:
-        """transformers' model of the same checkpoint, computing in float32."""
+        """The original model of the same checkpoint, computing in float32."""
         return oracle(self.traced(*model).checkpoint.path)
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], dtype: str = "float32", seed: int = 0) -> Path:
     """A checkpoint folder: `config` as it is, and random weights as transformers saves them."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(dict(config)))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = _original(folder)
     with torch.no_grad():  # norms of ones and biases of zeros would hide a mix-up
-        for name, parameter in model.named_parameters():
-            spread = torch.randn_like(parameter) * 0.3
-            parameter.copy_(1 + spread if "norm" in name else spread if parameter.ndim == 1 else 2 * parameter)
-    model.to(getattr(torch, dtype)).save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps(dict(config)))  # a user's file, not what transformers makes of it
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            spread = torch.randn_like(tensor.float()) * 0.3
+            if name.endswith("running_var"):
+                tensor.copy_(1 + spread.abs())
+            elif name in dict(model.named_parameters()) or name.endswith("running_mean"):
+                tensor.copy_(1 + spread if "norm" in name else spread if tensor.ndim == 1 else 2 * tensor)
+    model.to(getattr(torch, dtype))
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(folder)
+        # a user's file, not what transformers makes of it
+        (folder / "config.json").write_text(json.dumps(dict(config)))
+    else:
+        save_file(model.state_dict(), folder / "model.safetensors")
+    if "vision_config" in config:
+        (folder / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     return folder
 
 
-def traced(folder: Path, context: int = CONTEXT) -> Traced:
-    """The checkpoint in this folder and its decoder's canonical graph."""
+def _original(folder: Path, **loading: Any) -> Any:
+    """The torch model of a checkpoint folder: its weights where there are `loading` options, else random ones."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = json.loads((folder / "config.json").read_text())
+    if config["model_type"] == "autoglm_phone":
+        from safetensors.torch import load_file
+
+        from edgeexport.families.autoglm_phone.config import from_dict
+        from edgeexport.families.autoglm_phone.model import AutoGLMPhone
+
+        model = AutoGLMPhone(from_dict(config))
+        if loading:
+            model.load_state_dict(load_file(folder / "model.safetensors"))
+        return model.float()
+    auto = AutoModelForImageTextToText if "vision_config" in config else AutoModelForCausalLM
+    if loading:
+        return auto.from_pretrained(folder, **loading)
+    return auto.from_config(AutoConfig.from_pretrained(folder))
+
+
+def traced(folder: Path, context: int = CONTEXT, shapes: Mapping[str, Any] = SHAPES) -> Traced:
+    """The checkpoint in this folder and the canonical graphs of its components."""
     checkpoint = open_checkpoint(folder)
-    (component,) = families.find(checkpoint.model_type).components(checkpoint, context)
-    return Traced(checkpoint, trace(component, checkpoint.tensors))
+    components = families.find(checkpoint.model_type).components(checkpoint, context, shapes)
+    models = [trace(component, checkpoint.tensors) for component in components]
+    return Traced(checkpoint, {(model.component, model.variant): model for model in models})
 
 
 def oracle(folder: Path) -> Any:
-    """transformers' unmodified model, computing in float32."""
+    """The unmodified model, computing in float32."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return _original(folder, dtype=torch.float32, attn_implementation="eager").eval()
 
 
 def reference_logits(model: Any, tokens: Array) -> Array:
-    """Logits float32 [T, V] of one sequence int64 [T], in one pass and without a cache."""
+    """Logits float32 [T, V] of one text int64 [T], in one pass and without a cache."""
     import torch
 
     with torch.no_grad():
-        logits: Array = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].float().numpy()
+        given = model(torch.from_numpy(tokens)[None], use_cache=False)
+        logits: Array = getattr(given, "logits", given)[0].float().numpy()
     return logits
 
 
@@ -114,33 +177,60 @@ def filled(model: CanonicalModel, weights: Mapping[str, Array]) -> bytes:
     return proto
 
 
-def checkpoint_weights(model: CanonicalModel) -> dict[str, Array]:
-    """Every weight as float32."""
+def checkpoint_weights(found: Traced) -> dict[str, Array]:
+    """Every weight of every component as float32."""
     with WeightReader() as reader:
-        return {name: reader.read(ref) for name, ref in model.weights.items()}
+        return {name: reader.read(ref) for model in found.parts.values() for name, ref in model.weights.items()}
+
+
+class Graph:
+    """A component without state as a canonical graph in ONNX Runtime, over these weights."""
+
+    def __init__(self, model: CanonicalModel, weights: Mapping[str, Array]) -> None:
+        self._session = _session(model, weights)
+        self._outputs = [spec.name for spec in model.outputs]
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+
+
+def _session(model: CanonicalModel, weights: Mapping[str, Array]) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 3
+    return ort.InferenceSession(filled(model, weights), options, providers=["CPUExecutionProvider"])
 
 
 class Decoder:
-    """Steps through a canonical graph in ONNX Runtime, feeding each step's caches to the next."""
+    """Steps through the canonical graphs of a text in ONNX Runtime, feeding each step's caches to the next."""
 
-    def __init__(self, model: CanonicalModel, weights: Mapping[str, Array]) -> None:
-        import onnxruntime as ort
-
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(filled(model, weights), options, providers=["CPUExecutionProvider"])
+    def __init__(self, found: Traced, weights: Mapping[str, Array]) -> None:
+        model = found.model
+        self._session = _session(model, weights)
         self._state = model.state
         caches = {spec.name: spec.shape for spec in model.inputs if spec.name in dict(model.state)}
         self._caches = {name: np.zeros(shape, np.float32) for name, shape in caches.items()}
+        graphs = {name: Graph(part, weights) for (name, _), part in found.parts.items() if name == "embed"}
+        contract = found.contract
+        self._inputs = Inputs(contract, lambda name, _, given: graphs[name].run(given)) if contract else None
 
     def step(self, tokens: Array, position: int) -> Array:
         """Logits [V] of the last token."""
-        feeds = {"input_ids": tokens[None], "position": np.array([position], np.int64), **self._caches}
+        feeds = {**call_of(self._inputs, tokens, position).inputs(), **self._caches}
         logits, *present = self._session.run(["logits", *(new for _, new in self._state)], feeds)
         self._caches = dict(zip((old for old, _ in self._state), present, strict=True))
         result: Array = logits.reshape(-1)
         return result
+
+
+def call_of(inputs: Inputs | None, tokens: Array, position: int) -> Call:
+    """A decoder's call for a piece of a text."""
+    if inputs is None:
+        return Call(tokens, position)
+    fed = inputs.feed(tokens, (), position)
+    return Call(fed.embeds, position, fed.rope)
 
 
 def host_target(**options: Any) -> Target:
@@ -149,17 +239,18 @@ def host_target(**options: Any) -> Target:
     return replace(target, options={**target.options, **options})
 
 
-def compiled(model: CanonicalModel, quant: QuantPlan, folder: Path, **options: Any) -> Artifact:
-    """What the ONNX Runtime backend writes into `folder`, which is made."""
+def compiled(model: CanonicalModel | list[CanonicalModel], quant: QuantPlan, folder: Path, **options: Any) -> Artifact:
+    """What the ONNX Runtime backend writes of a component into `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
+    models = model if isinstance(model, list) else [model]
     with WeightReader() as reader:
-        source = PlannedWeights(reader, model.weights, quant)
+        source = PlannedWeights(reader, models[0].weights, quant)
         backend = backends.load("onnxruntime")
-        return backend.compile(model, host_target(**options), quant, source, folder, no_progress)
+        return backend.compile(models, host_target(**options), quant, source, folder, no_progress)
 
 
 def opened(artifact: Artifact, folder: Path, ending: str = ".onnx") -> OnnxDecoder:
-    """The artifact's file of this ending, ready to step."""
+    """The decoder's file of this ending, ready to step."""
     file = next(name for name in artifact.files if name.endswith(ending))
     return OnnxDecoder(folder / file, artifact.state, threads=1, folder=folder)
 

@@ -98,7 +98,7 @@ def build(case: OpCase, folder: Path) -> tuple[CanonicalModel, QuantPlan]:
         digest="",
     )
     formats = {name: FORMATS[weight.format] for name, weight in case.weights.items()}
-    return model, QuantPlan("case", dialect.classes(graph, weights), formats)
+    return model, QuantPlan("case", dialect.classes(graph, weights, "decoder"), formats)
 
 
 def encode(values: Array, encoding: str) -> tuple[bytes, Array]:

@@ -18,8 +18,10 @@ from graphs import (
     CONTEXT,
     FAMILIES,
     Decoder,
+    Graph,
     Traced,
     Zoo,
+    call_of,
     compiled,
     host_target,
     opened,
@@ -32,10 +34,12 @@ from edgeexport import backends, errors, families
 from edgeexport.backends import onnxruntime as ort_backend
 from edgeexport.backends.optable import OpTable
 from edgeexport.backends.storage import read_rows
+from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
-from edgeexport.core import Array, Artifact, CanonicalModel, QuantPlan
+from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan
 from edgeexport.quant import SCHEMES
 from edgeexport.quant.source import PlannedWeights
+from edgeexport.session.inputs import Inputs
 
 TOKENS = np.random.default_rng(1).integers(3, 320, CONTEXT)
 LARGER = {
@@ -55,11 +59,15 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     return traced(write_checkpoint(tmp_path_factory.mktemp("larger") / "model", config, "bfloat16"))
 
 
-def stored_weights(found: Traced, plan: QuantPlan) -> dict[str, Array]:
-    """Every weight as the plan rounds it, as float32."""
+def stored_weights(found: Traced, scheme: str) -> dict[str, Array]:
+    """Every weight as the scheme rounds it, as float32."""
+    stored = {}
     with WeightReader() as reader:
-        source = PlannedWeights(reader, found.model.weights, plan)
-        return {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in found.model.weights.items()}
+        for component in found.components():
+            weights = found.variants(component)[0].weights
+            source = PlannedWeights(reader, weights, found.plan(scheme, component))
+            stored |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in weights.items()}
+    return stored
 
 
 # the contract
@@ -143,21 +151,40 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
     name: str, scheme: str, zoo: Zoo, tmp_path: Path
 ) -> None:
     found = zoo.traced(name)
-    plan = found.plan(scheme)
-    artifact = compiled(found.model, plan, tmp_path, accuracy_level=1)
-    weights = stored_weights(found, plan)
-    expected, got = Decoder(found.model, weights), opened(artifact, tmp_path)
+    weights = stored_weights(found, scheme)
+    artifacts = {
+        component: compiled(found.variants(component), found.plan(scheme, component), tmp_path, accuracy_level=1)
+        for component in found.components()
+    }
+    artifact_of = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1)
+    inputs = Inputs(found.contract, artifact_of.run) if found.contract else None
+    expected = Decoder(found, weights)
     position = 0
     for count in (7, 5, *[1] * 12, 3, *[1] * 5):  # to the last slot
-        calls = TOKENS[position : position + count], position
-        np.testing.assert_allclose(got.step(*calls), expected.step(*calls), atol=1e-5)
+        tokens = TOKENS[position : position + count]
+        call = call_of(inputs, tokens, position)
+        got = artifact_of.decoder.step(call.fed, position, call.rope)
+        np.testing.assert_allclose(got, expected.step(tokens, position), atol=1e-5)
         position += count
     assert position == CONTEXT
+    for (component, variant), model in found.parts.items():
+        if component in ("decoder", "embed"):
+            continue
+        given = {spec.name: normal(spec.shape) for spec in model.inputs}
+        features = artifact_of.run(component, variant, given)
+        for key, want in Graph(model, weights).run(given).items():
+            np.testing.assert_allclose(features[key], want, atol=1e-4, rtol=1e-4)
+    for component, artifact in artifacts.items():
+        assert artifact.weights.keys() == found.variants(component)[0].weights.keys()
+        for key, weight in artifact.weights.items():
+            rows = read_rows(tmp_path, weight, 0, weight.shape[0])
+            np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
 
-    assert artifact.weights.keys() == found.model.weights.keys()
-    for key, weight in artifact.weights.items():
-        rows = read_rows(tmp_path, weight, 0, weight.shape[0])
-        np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
+
+def normal(shape: tuple[int | Dim, ...]) -> Array:
+    """float32 numbers of order 1, seven where a size is free."""
+    sizes = [size if isinstance(size, int) else 7 for size in shape]
+    return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -13,6 +13,7 @@ import pytest
 from graphs import (
     CONTEXT,
     FAMILIES,
+    TEXT_FAMILIES,
     Decoder,
     Traced,
     Zoo,
@@ -166,7 +167,7 @@ def test_linears_and_classes_follow_the_use_of_a_weight() -> None:
     model = parsed(text, {"ids": np.array([[1, 2]])}, ("y",), held)
     refs = {name: TensorRef(name, Path("none"), 0, 0, "F32", shape) for name, shape in shapes.items()}
     assert [str(item.weight.name) for item in dialect.linears(model.graph)] == ["proj", "half", "table", "head"]
-    assert dialect.classes(model, refs) == {
+    assert dialect.classes(model, refs, "decoder") == {
         "table": "embedding",
         "proj": "linear",
         "half": "linear",
@@ -187,35 +188,40 @@ def test_a_reference_refuses_to_be_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_trace_uses_exactly_the_ops_that_its_family_declares(name: str, zoo: Zoo) -> None:
-    found = zoo.traced(name).model
-    assert set(ops(found.graph)) == families.find(name).ops
-    dialect.verify(found.graph)
+    models = zoo.traced(name).parts.values()
+    assert {op for model in models for op in ops(model.graph)} == families.find(name).ops
+    for model in models:
+        dialect.verify(model.graph)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_inputs_outputs_and_state_are_the_contracts(name: str, zoo: Zoo) -> None:
     found = zoo.traced(name).model
     graph = found.graph.graph
-    layers = families.find(name).tiny["num_hidden_layers"]
+    family = families.find(name)
+    layers = family.geometry(family.tiny).layers
     past = [f"past_{kind}.{i}" for i in range(layers) for kind in ("key", "value")]
     present = [text.replace("past", "present") for text in past]
-    assert [value.name for value in graph.inputs] == ["input_ids", "position", *past]
+    tokens = ["input_ids"] if name in TEXT_FAMILIES else ["inputs_embeds"]
+    rope = ["rope_positions"] if name in ("glm4v", "glm46v") else []
+    assert [value.name for value in graph.inputs] == [*tokens, "position", *rope, *past]
     assert [value.name for value in graph.outputs] == ["logits", *present]
     assert found.state == tuple(zip(past, present, strict=True))
-    assert found.stages == ("embed", *(f"layers.{i}" for i in range(layers)), "head")
+    first = "embed" if name in TEXT_FAMILIES else "positions"
+    assert found.stages == (first, *(f"layers.{i}" for i in range(layers)), "head")
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_node_names_its_stage_but_the_casts_of_weights(name: str, zoo: Zoo) -> None:
-    found = zoo.traced(name).model
-    stages = dict.fromkeys(found.stages, 0)
-    for node in found.graph.graph:
-        if STAGE in node.metadata_props:
-            stages[node.metadata_props[STAGE]] += 1
-        else:
-            assert node.op_type == "Cast"
-            assert node.inputs[0].name in found.weights
-    assert all(stages.values())
+    for found in zoo.traced(name).parts.values():
+        stages = dict.fromkeys(found.stages, 0)
+        for node in found.graph.graph:
+            if STAGE in node.metadata_props:
+                stages[node.metadata_props[STAGE]] += 1
+            else:
+                assert node.op_type == "Cast"
+                assert node.inputs[0].name in found.weights
+        assert all(stages.values())
 
 
 def test_tied_weights_are_one_initializer(zoo: Zoo) -> None:
@@ -255,7 +261,7 @@ def test_no_weight_is_read_each_kind_is_traced_once_and_the_digest_is_stable(
     checkpoint = open_checkpoint(folder)
     for file in folder.glob("*.safetensors"):
         file.unlink()
-    (component,) = families.find("llama").components(checkpoint, CONTEXT)
+    (component,) = families.find("llama").components(checkpoint, CONTEXT, {})
     found = room.trace(component, checkpoint.tensors, lambda done, total: steps.append((done, total)))
     assert traced_stages == ["embed", "layers.0", "head"]
     assert steps == [(k, 5) for k in range(1, 6)]
@@ -285,7 +291,8 @@ def test_layers_of_the_same_kind_are_those_with_equal_settings_and_shapes(zoo: Z
     tensors = {
         name.replace("layers.0", f"layers.{i}"): ref for name, ref in checkpoint.tensors.items() for i in range(6)
     }
-    (component,) = families.find("qwen2").components(replace(checkpoint, config=deep, tensors=tensors), CONTEXT)
+    changed = replace(checkpoint, config=deep, tensors=tensors)
+    (component,) = families.find("qwen2").components(changed, CONTEXT, {})
     kinds = [stage.kind for stage in component.stages()]
     assert [kinds.index(kind) for kind in kinds] == [0, 1, 1, 1, 1, 5, 5, 7]
 
@@ -335,7 +342,7 @@ def difference(decoder: Decoder, tokens: np.ndarray, expected: np.ndarray, calls
 @pytest.mark.parametrize("calls", CALLS.values(), ids=CALLS.keys())
 @pytest.mark.parametrize("model", MODELS, ids=lambda model: "-".join(map(str, model[:2])))
 def test_the_graph_computes_what_transformers_computes(model: tuple[Any, ...], calls: list[int], zoo: Zoo) -> None:
-    found = zoo.traced(*model).model
+    found = zoo.traced(*model)
     expected = reference_logits(zoo.oracle(*model), TOKENS)
     assert np.abs(expected).max() > 0.5  # else any graph would do
     assert difference(Decoder(found, checkpoint_weights(found)), TOKENS, expected, calls) < 1e-5
@@ -347,7 +354,7 @@ def test_the_cache_may_be_rewound_and_overwritten(zoo: Zoo, calls: list[int], ba
     found: Traced = zoo.traced("llama")
     calls = [count for k, count in enumerate(calls) if sum(calls[: k + 1]) <= CONTEXT]
     back = min(back, sum(calls))
-    decoder = Decoder(found.model, checkpoint_weights(found.model))
+    decoder = Decoder(found, checkpoint_weights(found))
     model = zoo.oracle("llama")
     assert difference(decoder, TOKENS, reference_logits(model, TOKENS), calls) < 1e-5
     changed = np.concatenate((TOKENS[:back], TOKENS[back:][::-1]))

@@ -421,6 +421,16 @@ def test_digest_depends_on_bytes_alone(folder: Path, tmp_path: Path) -> None:
     assert content_digest(open_checkpoint(folder)) != digest
 
 
+def test_digest_counts_the_bytes_of_all_shards(folder: Path) -> None:
+    shard(folder)
+    checkpoint = open_checkpoint(folder)
+    total = sum(path.stat().st_size for path in checkpoint.files)
+    for _ in ("hashed", "remembered"):
+        seen: list[tuple[int, int]] = []
+        content_digest(checkpoint, lambda done, of: seen.append((done, of)))  # noqa: B023
+        assert len(checkpoint.files) > 1 and seen == sorted(seen) and seen[-1] == (total, total)
+
+
 def test_digest_is_remembered_until_the_file_changes(
     folder: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

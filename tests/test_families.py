@@ -36,15 +36,16 @@ def with_config(checkpoint: Checkpoint, **changes: Any) -> Checkpoint:
 def test_geometry_is_that_of_transformers_model(name: str, zoo: Zoo) -> None:
     family = families.find(name)
     found = family.geometry(family.tiny)
-    model = zoo.oracle(name)
-    attention = model.model.layers[0].self_attn
-    assert found.layers == len(model.model.layers)
+    model = getattr(zoo.oracle(name), "decoder", zoo.oracle(name))
+    body = getattr(model.model, "language_model", model.model)
+    attention = body.layers[0].self_attn
+    assert found.layers == len(body.layers)
     assert (found.vocab, found.hidden) == tuple(model.lm_head.weight.shape)
     assert found.head_dim == attention.head_dim
     assert found.heads * found.head_dim == attention.q_proj.weight.shape[0]
     assert found.kv_heads * found.head_dim == attention.k_proj.weight.shape[0]
-    assert found.tied == (model.lm_head.weight is model.model.embed_tokens.weight)
-    assert found.max_context == model.config.max_position_embeddings
+    assert found.tied == (model.lm_head.weight is body.embed_tokens.weight)
+    assert found.max_context == body.config.max_position_embeddings
 
 
 def test_a_model_without_grouped_keys_has_as_many_as_heads() -> None:
@@ -87,8 +88,8 @@ def test_key_heads_must_divide_heads() -> None:
 
 def test_a_context_beyond_the_models_is_refused(zoo: Zoo) -> None:
     checkpoint = zoo.traced("llama").checkpoint
-    assert LLAMA.components(checkpoint, 256)
-    assert codes(lambda: LLAMA.components(checkpoint, 257), errors.UsageError) == ["context-too-long"]
+    assert LLAMA.components(checkpoint, 256, {})
+    assert codes(lambda: LLAMA.components(checkpoint, 257, {}), errors.UsageError) == ["context-too-long"]
 
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
@@ -96,7 +97,7 @@ def test_a_context_beyond_the_models_is_refused(zoo: Zoo) -> None:
 @pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "new"])
 def test_rotary_tables_that_depend_on_the_length_are_refused(key: str, name: str, kind: str, zoo: Zoo) -> None:
     checkpoint = with_config(zoo.traced("llama").checkpoint, **{key: {name: kind, "factor": 2.0}})
-    assert codes(lambda: LLAMA.components(checkpoint, 8), errors.ExportError) == ["rope-not-static"]
+    assert codes(lambda: LLAMA.components(checkpoint, 8, {}), errors.ExportError) == ["rope-not-static"]
 
 
 @pytest.mark.parametrize(
@@ -119,20 +120,20 @@ def test_rotary_tables_are_the_models_own(rope: dict[str, Any], tmp_path: Path) 
 
     config = {**LLAMA.tiny, "num_hidden_layers": 1, "rope_scaling": rope}
     folder = write_checkpoint(tmp_path / "model", config)
-    (component,) = LLAMA.components(open_checkpoint(folder), 200)
+    (component,) = LLAMA.components(open_checkpoint(folder), 200, {})
     tables = component.constants()
     cos, sin = oracle(folder).model.rotary_emb(torch.zeros(1), torch.arange(200)[None])
     half = cos.shape[-1] // 2
     np.testing.assert_allclose(tables["rope.cos"], cos[0, :, :half].numpy(), atol=1e-6)
     np.testing.assert_allclose(tables["rope.sin"], sin[0, :, :half].numpy(), atol=1e-6)
-    plain = LLAMA.components(with_config(open_checkpoint(folder), rope_scaling=None), 200)[0].constants()
+    plain = LLAMA.components(with_config(open_checkpoint(folder), rope_scaling=None), 200, {})[0].constants()
     assert np.abs(plain["rope.cos"] - tables["rope.cos"]).max() > 0.1
 
 
 def test_a_window_shorter_than_the_context_is_refused(zoo: Zoo) -> None:
     windowed = {"use_sliding_window": True, "sliding_window": CONTEXT - 1, "max_window_layers": 0}
     checkpoint = with_config(zoo.traced("qwen2").checkpoint, **windowed)
-    (component,) = families.find("qwen2").components(checkpoint, CONTEXT)
+    (component,) = families.find("qwen2").components(checkpoint, CONTEXT, {})
     assert codes(lambda: trace(component, checkpoint.tensors), errors.ExportError) == ["attention-not-plain"]
 
 
@@ -142,7 +143,7 @@ def test_missing_tensors_and_wrong_shapes_are_reported_together(zoo: Zoo) -> Non
     del tensors["model.norm.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
     narrow = tensors["model.layers.1.self_attn.k_proj.weight"]
     tensors[narrow.name] = replace(narrow, shape=(8, 64))
-    (component,) = LLAMA.components(replace(checkpoint, tensors=tensors), 8)
+    (component,) = LLAMA.components(replace(checkpoint, tensors=tensors), 8, {})
     with pytest.raises(errors.CheckpointError) as caught:
         component.stages()
     found = {(finding.code, finding.where) for finding in caught.value.findings}
@@ -165,7 +166,7 @@ def test_unused_are_a_tied_head_and_recomputed_buffers(zoo: Zoo) -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_what_a_family_uses_and_leaves_is_its_whole_checkpoint(name: str, zoo: Zoo) -> None:
     found = zoo.traced(name)
-    used = {ref.name for ref in found.model.weights.values()}
+    used = {ref.name for model in found.parts.values() for ref in model.weights.values()}
     assert used | families.find(name).unused(found.checkpoint) == found.checkpoint.tensors.keys()
 
 

@@ -57,6 +57,7 @@ BUILD_ROOMS = {
     "canonical.trace",
     "canonical.weights",
     "families.stages",
+    "parity.evidence",
     "parity.ladder",
     "parity.reference",
     "parity.streaming",

@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
-from factories import tiny_model, write_gguf
+from bundles import rehash
+from factories import tiny_model, with_tokenizer, write_gguf
 from graphs import FAMILIES, oracle, reference_logits, write_checkpoint
 
 from edgeexport import build, families, open_bundle, steps
-from edgeexport.bundle import manifest as manifests
-from edgeexport.bundle.files import sha256_of
 from edgeexport.bundle.verify import verify
 from edgeexport.core import LEVELS, Verdict
 from edgeexport.errors import EdgeExportError
@@ -29,20 +27,6 @@ from edgeexport.pipeline import BuildResult, export, parity
 from edgeexport.quant import SCHEMES
 
 CONTEXT = 64
-
-
-def with_tokenizer(folder: Path) -> Path:
-    """A byte-level tokenizer whose ids 0-255 are bytes, beside the model in `folder`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +193,6 @@ def test_every_flipped_bit_is_found(built: BuildResult, tmp_path: Path) -> None:
             assert found, f"{path.name} at byte {position}"
         path.write_bytes(before)
     assert verify(copy).ok
-
-
-def rehash(folder: Path, **changes: Any) -> None:
-    """Give the bundle a manifest that agrees with its files, as someone who knows the format could."""
-    old = manifests.from_json((folder / "manifest.json").read_bytes())
-    files = {name: manifests.FileEntry((folder / name).stat().st_size, sha256_of(folder / name)) for name in old.files}
-    (folder / "manifest.json").write_bytes(manifests.to_json(msgspec.structs.replace(old, files=files, **changes)))
-    (folder / "manifest.json.sha256").write_text(sha256_of(folder / "manifest.json") + "\n")
 
 
 @pytest.mark.parametrize("scheme", ["fp32", "int4-b32"])

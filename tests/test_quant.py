@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from edgeexport import quant
-from edgeexport.core import Format, TensorRef
+from edgeexport.core import Format, TensorClass
 from edgeexport.errors import CheckpointError, UsageError
 from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
 from edgeexport.quant import FORMATS, SCHEMES
@@ -46,7 +47,8 @@ def test_schemes_are_consistent(scheme: quant.Scheme) -> None:
     assert SCHEMES[scheme.name] is scheme
     assert scheme.embedding == scheme.lm_head, "tied models keep both in one tensor"
     assert scheme.other == FORMATS["fp32"]
-    assert set(scheme.formats) == {"linear", "embedding", "lm_head", "other"}
+    assert set(scheme.formats) == set(get_args(TensorClass))
+    assert not scheme.convolution.integer
     assert all(FORMATS[fmt.name] == fmt for fmt in scheme.formats.values())
 
 
@@ -65,7 +67,9 @@ def test_unknown_scheme_has_a_suggestion() -> None:
         ("int4-b128", 48, "int4-b16"),
         ("int8-b32", 40, "fp16"),
         ("int4-b32", 1, "fp16"),
-        ("int8-channel", 7, "int8-channel"),
+        ("int8-channel", 7, "fp16"),
+        ("int8-channel", 48, "int8-channel"),
+        ("int8-channel", 1176, "fp16"),
         ("fp16", 7, "fp16"),
     ],
 )
@@ -73,19 +77,17 @@ def test_blocks_resolve_to_one_that_divides_the_width(asked: str, width: int, go
     assert quant.resolve(FORMATS[asked], width).name == got
 
 
-def smollm2_like(tied: bool) -> dict[str, TensorRef]:
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (100, 576),
-        "model.layers.0.self_attn.q_proj.weight": (576, 576),
-        "model.layers.0.self_attn.q_proj.bias": (576,),
-        "model.layers.0.input_layernorm.weight": (576,),
-        "lm_head.weight": (100, 576),
-    }
-    return {name: TensorRef(name, Path("x"), 0, 0, "F32", shape) for name, shape in shapes.items()}
+SMOLLM2_LIKE: dict[str, tuple[int, ...]] = {
+    "model.embed_tokens.weight": (100, 576),
+    "model.layers.0.self_attn.q_proj.weight": (576, 576),
+    "model.layers.0.self_attn.q_proj.bias": (576,),
+    "model.layers.0.input_layernorm.weight": (576,),
+    "lm_head.weight": (100, 576),
+}
 
 
 def test_plan_from_names() -> None:
-    plan = quant.plan_from_names(smollm2_like(tied=False), "int4-b128", tied=False)
+    plan = quant.plan_from_names(SMOLLM2_LIKE, "int4-b128", tied=False)
     assert {name: (plan.classes[name], fmt.name) for name, fmt in plan.formats.items()} == {
         "model.embed_tokens.weight": ("embedding", "int4-b64"),
         "model.layers.0.self_attn.q_proj.weight": ("linear", "int4-b64"),
@@ -93,15 +95,20 @@ def test_plan_from_names() -> None:
         "model.layers.0.input_layernorm.weight": ("other", "fp32"),
         "lm_head.weight": ("lm_head", "int4-b64"),
     }
-    shapes = {name: ref.shape for name, ref in smollm2_like(tied=False).items()}
     # by hand: int4 with 9 scales a row, 100 rows twice and 576 rows once; two vectors of 576 floats
-    assert plan.ideal_bytes(shapes) == 2 * (100 * 288 + 100 * 9 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
+    assert plan.ideal_bytes(SMOLLM2_LIKE) == 2 * (100 * 288 + 100 * 9 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
 
 
 def test_tied_lm_head_is_not_planned_twice() -> None:
-    plan = quant.plan_from_names(smollm2_like(tied=True), "int8", tied=True)
+    plan = quant.plan_from_names(SMOLLM2_LIKE, "int8", tied=True)
     assert "lm_head.weight" not in plan.formats and "lm_head.weight" not in plan.classes
     assert classify("model.embed_tokens.weight", (8, 8)) == "embedding"
+
+
+def test_towers_are_encoders_and_kernels_convolutions() -> None:
+    assert classify("model.visual.blocks.0.attn.qkv.weight", (96, 32)) == "encoder"
+    assert classify("model.visual.patch_embed.proj.weight", (32, 3, 2, 14, 14)) == "convolution"
+    assert classify("model.visual.embeddings.position_embedding.weight", (64, 32)) == "other"
 
 
 # arithmetic
@@ -146,12 +153,12 @@ def test_error_is_at_most_half_a_step(data: st.DataObject, fmt: Format) -> None:
 
 @pytest.mark.parametrize("fmt", INTEGER, ids=lambda fmt: fmt.name)
 def test_any_cut_into_rows_gives_the_same_bytes(fmt: Format) -> None:
-    rows = normal(800, 768)  # 2.3 chunks
+    rows = normal(1600, 768)  # 2.3 chunks
     assert 2 * CHUNK < rows.size < 3 * CHUNK
     whole_values, whole_scales = quantize_rows(rows, fmt)
     scratch = Scratch()
     for cut in (7, 100, 401):
-        parts = [quantize_rows(rows[i : i + cut], fmt, scratch=scratch) for i in range(0, 800, cut)]
+        parts = [quantize_rows(rows[i : i + cut], fmt, scratch=scratch) for i in range(0, len(rows), cut)]
         assert np.array_equal(np.concatenate([values for values, _ in parts]), whole_values)
         assert np.array_equal(np.concatenate([scales for _, scales in parts]), whole_scales)
 

@@ -111,7 +111,7 @@ class Protobuf:
 
 @functools.cache
 def protobuf() -> Protobuf:
-    """coremltools' protobuf classes, without coremltools: importing the whole of it loads torch, scikit-learn and pandas
+    """coremltools' protobuf classes, without coremltools: importing the whole of it loads torch and scikit-learn
     where they are installed, four seconds and 385 MB for nothing that is needed here.
 
     Raises: ToolError `missing-package`.

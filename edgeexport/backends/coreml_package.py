@@ -290,7 +290,7 @@ def _manifest() -> bytes:
         "com.apple.CoreML/model.mlmodel": ("CoreML Model Specification", "model.mlmodel"),
         "com.apple.CoreML/weights": ("CoreML Model Weights", "weights"),
     }
-    identifiers = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)).upper() for path in entries}
+    identifiers = {path: str(uuid.uuid5(uuid.NAMESPACE_URL, path)) for path in entries}
     document = {
         "fileFormatVersion": "1.0.0",
         "itemInfoEntries": {

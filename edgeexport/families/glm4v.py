@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from edgeexport.session.image_contract import PatchContract
     from edgeexport.session.preprocess import Preprocess
 
-GLM4V_OPS = DECODER_OPS | {"Concat", "Gelu", "LayerNormalization", "Split"}
+GLM4V_OPS = DECODER_OPS - {"Range"} | {"Concat", "Gelu", "LayerNormalization", "Split"}
 
 
 @dataclass(frozen=True)

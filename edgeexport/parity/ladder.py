@@ -1,121 +1,24 @@
-"""Climb the parity ladder: run what was written, and compare it with the model it was made from.
-
-The artifact is run first and closed; then the canonical graph and the oracle stream their weights. So the peak is the
-largest of the three, not their sum.
-"""
+"""Climb the parity ladder: run what was written, and compare it with the model it was made from."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from edgeexport import errors
 from edgeexport.bundle.golden import kl_divergence
-from edgeexport.core import (
-    LEVELS,
-    Array,
-    CanonicalModel,
-    Dim,
-    Example,
-    OracleModel,
-    ParityResult,
-    Progress,
-    QuantPlan,
-    TensorRef,
-    TensorSpec,
-    Verdict,
-)
+from edgeexport.core import LEVELS, Array, Dim, ParityResult, TensorRef, TensorSpec, Verdict
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins, max_abs, rms
-from edgeexport.parity.streaming import Rows, StreamedGraph
+from edgeexport.parity.evidence import DECODE_STEPS, DECODER, Evidence, Outcome, Part, Script, Subject, Watch
 from edgeexport.quant.stats import WeightStats, compare_rows
-from edgeexport.session.inputs import Inputs, Run
-from edgeexport.session.preprocess import Preprocess
-from edgeexport.session.runner import Call, DecoderRunner
-from edgeexport.session.session import Session
-
-DECODE_STEPS = 8
-"""Decode calls of the numeric levels, after a prefill and a second chunk that meets a filled cache."""
-
-LONGEST = 32
-"""Tokens of a text that the numeric levels feed at most: each row costs a multiplication by the whole model."""
-
-DECODER = "decoder"
 
 ROW_BLOCK = 1 << 20
 """Elements of a weight compared at a time."""
-
-
-class Opened(Protocol):
-    """The artifacts of a model, open on this machine."""
-
-    decoder: DecoderRunner
-
-    def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Run a component without state."""
-
-    def close(self) -> None:
-        """Release everything."""
-
-
-class Open(Protocol):
-    """Opens the artifacts that were written; `exact` asks for float32 activations where the runtime can."""
-
-    def __call__(self, *, exact: bool = False) -> Opened: ...
-
-
-@dataclass(frozen=True)
-class Part:
-    """One component: its canonical graph (one for each variant), and how its weights are stored."""
-
-    models: tuple[CanonicalModel, ...]
-    plan: QuantPlan
-    read_signature: Callable[[str], Mapping[str, TensorSpec]]
-    """Opens a variant's artifact in its runtime without making it ready to run: inputs and outputs by name."""
-
-
-@dataclass(frozen=True)
-class Probe:
-    """A smaller picture for L2, where the ones that were built would take too long: the same modules traced for a
-    grid that is not shipped. `work` is what L2 would take with the shipped ones, in floating point operations."""
-
-    models: tuple[CanonicalModel, ...]
-    shown: Mapping[str, Example]
-    work: float
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One model with everything that the ladder compares. `parts` end with the decoder."""
-
-    parts: Mapping[str, Part]
-    contract: Preprocess | None
-    tensors: Mapping[str, TensorRef]
-    unused: frozenset[str]
-    checkpoint_rows: Rows
-    """By checkpoint name."""
-    stored_rows: Rows
-    """By checkpoint name: what the artifacts' files hold, read back and dequantised."""
-    open: Open
-    oracle: Callable[[], OracleModel]
-    prompts: Sequence[Example]
-    """Texts."""
-    shown: Mapping[str, Example]
-    """Prompts with pictures or sound, by a name for people."""
-    answer_tokens: int
-    overrides: Mapping[str, Any]
-    probe: Probe | None = None
-
-    @property
-    def decoder(self) -> Part:
-        return self.parts[DECODER]
 
 
 @dataclass
@@ -134,16 +37,12 @@ class Climb:
         return any(result.verdict is Verdict.FAIL for result in self.results)
 
 
-Watch = Callable[[str], Any]
-"""Given a title, a context manager that gives a Progress."""
-
-
 def climb(subject: Subject, level: str, watch: Watch) -> Climb:
     """Every level up to `level`, in order; the first level that fails ends the climb and the rest reads NOT_RUN."""
     state = Climb()
     wanted = LEVELS[: LEVELS.index(level) + 1]
-    evidence = _Evidence(subject, watch)
-    rungs: Mapping[str, Callable[[_Evidence, Climb], None]] = {
+    evidence = Evidence(subject, watch)
+    rungs: Mapping[str, Callable[[Evidence, Climb], None]] = {
         "L1": _opens,
         "L2": _graph,
         "L3": _weights,
@@ -160,191 +59,7 @@ def climb(subject: Subject, level: str, watch: Watch) -> Climb:
     return state
 
 
-@dataclass(frozen=True, eq=False)
-class _Sequence:
-    """What the numeric levels feed: a prompt in two chunks, the second meeting a filled cache, then single tokens."""
-
-    name: str
-    example: Example
-    cuts: tuple[int, ...]
-    prompt_calls: int
-
-    @classmethod
-    def of(cls, name: str, prompt: Example) -> _Sequence:
-        """The tokens that follow the prompt are its own text backwards: no placeholder of a picture among them."""
-        tokens = prompt.tokens
-        placeholders = {int(token) for token in tokens} if not prompt.encoder_inputs else _text_tokens(tokens)
-        text = np.array([token for token in tokens[::-1] if int(token) in placeholders], np.int64)
-        half = max(1, len(tokens) - 5)
-        starts = [0, *([half] if half < len(tokens) else [])]
-        whole = np.concatenate([tokens, np.resize(text, DECODE_STEPS)])
-        cuts = (*starts, *range(len(tokens), len(whole) + 1))
-        return cls(name, replace(prompt, tokens=whole), cuts, len(starts))
-
-    @property
-    def last(self) -> Array:
-        """The last token of each call."""
-        return np.array(self.cuts[1:]) - 1
-
-
-@dataclass
-class _Outcome:
-    """What one way of running the model gave: logits [calls, V] of each sequence, what the components without state
-    gave, in the order of their calls, and the decoder's hidden states of the first sequence."""
-
-    logits: dict[str, Array] = field(default_factory=dict)
-    made: dict[str, list[Array]] = field(default_factory=dict)
-    hidden: Mapping[str, Array] = field(default_factory=dict)
-
-
-class _Evidence:
-    """Runs that several levels read, each made once."""
-
-    def __init__(self, subject: Subject, watch: Watch) -> None:
-        self.subject, self.watch = subject, watch
-        longest = max(subject.prompts, key=lambda prompt: len(prompt.tokens))
-        text = _Sequence.of("text", replace(longest, tokens=longest.tokens[:LONGEST]))
-        shown = [_Sequence.of(name, prompt) for name, prompt in subject.shown.items()]
-        self.sequences = [text, *shown]
-        """What the artifacts are asked."""
-        self.probing = self.sequences
-        """What L2 asks."""
-        if subject.probe is not None:
-            self.probing = [text, *(_Sequence.of(name, prompt) for name, prompt in subject.probe.shown.items())]
-
-    @cached_property
-    def probed(self) -> tuple[_Outcome, _Outcome]:
-        """The unmodified model and the canonical graph over the checkpoint's weights, asked what L2 asks.
-
-        Both run at once, each on half of the cores: they read the same weights in the same order, and what one has
-        read from the disk the other finds in memory.
-        """
-        threads = max(1, len(os.sched_getaffinity(0)) // 2)
-        with (
-            self.watch("Running the original model and the canonical graph") as progress,
-            ThreadPoolExecutor(1) as pool,
-        ):
-            oracle = pool.submit(self._run_oracle, self.probing, threads)
-            graph = self.run_graph(self.probing, self.subject.checkpoint_rows, progress, threads)
-            return oracle.result(), graph
-
-    @cached_property
-    def oracle(self) -> _Outcome:
-        """The unmodified model, asked what the artifacts are asked."""
-        if self.subject.probe is None:
-            return self.probed[0]
-        with self.watch("Running the original model"):
-            return self._run_oracle(self.sequences)
-
-    def _run_oracle(self, sequences: Sequence[_Sequence], threads: int = 0) -> _Outcome:
-        from edgeexport.parity.reference import Reference
-
-        reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
-        firsts = [int(sequence.last[0]) for sequence in sequences]
-        answers = reference.answers([sequence.example for sequence in sequences], firsts, threads)
-        outcome = _Outcome(hidden=reference.hidden(0, len(sequences[0].example.tokens)))
-        for sequence, answer in zip(sequences, answers, strict=True):
-            outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
-        outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}
-        return outcome
-
-    def run_graph(self, sequences: Sequence[_Sequence], rows: Rows, progress: Progress, threads: int = 0) -> _Outcome:
-        """The canonical graphs over these weights (by checkpoint name). `threads` as in `StreamedGraph`."""
-        outcome = _Outcome()
-        probes = self.subject.probe.models if self.subject.probe is not None else ()
-
-        def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-            models = (*self.subject.parts[component].models, *probes)
-            model = next(each for each in models if each.component == component and each.variant == variant)
-            outputs = StreamedGraph(model, threads).run([inputs], _by_name(model, rows)).outputs[0]
-            outcome.made.setdefault(component, []).extend(outputs.values())
-            return outputs
-
-        calls = [self._calls(sequence, run) for sequence in sequences]
-        model = self.subject.decoder.models[0]
-        flat = [call.inputs() for each in calls for call in each]
-        trail = StreamedGraph(model, threads).run(flat, _by_name(model, rows), progress)
-        start = 0
-        for sequence, each in zip(sequences, calls, strict=True):
-            outcome.logits[sequence.name] = trail.logits[start : start + len(each)]
-            start += len(each)
-        first = len(sequences[0].example.tokens)
-        outcome.hidden = {stage: states[:first] for stage, states in trail.hidden.items()}
-        return outcome
-
-    @cached_property
-    def shipped(self) -> _Outcome:
-        """The artifacts as they ship."""
-        return self.run_artifacts(exact=False)
-
-    def run_artifacts(self, *, exact: bool) -> _Outcome:
-        """The artifacts in their runtime."""
-        outcome = _Outcome()
-        opened = self.subject.open(exact=exact)
-
-        def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-            outputs = opened.run(component, variant, inputs)
-            outcome.made.setdefault(component, []).extend(outputs.values())
-            return outputs
-
-        try:
-            for sequence in self.sequences:
-                calls = self._calls(sequence, run)
-                outcome.logits[sequence.name] = np.stack(
-                    [opened.decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
-                )
-        finally:
-            opened.close()
-        return outcome
-
-    def greedy(self) -> list[Example]:
-        """The artifact's greedy continuation of every prompt, through the session that ships."""
-        opened = self.subject.open()
-        contract = self.subject.contract
-        session = Session(opened.decoder, Inputs(contract, opened.run, opened.close) if contract else None)
-        prompts = [*self.subject.prompts, *self.subject.shown.values()]
-        answered = []
-        with session, self.watch("Answering with the artifact") as progress:
-            for done, prompt in enumerate(prompts):
-                session.reset()
-                features = [session.inputs.encode(each) for each in prompt.encoder_inputs] if session.inputs else []
-                tokens = [int(token) for token in prompt.tokens]
-                logits = session.prefill(prompt.tokens, features)
-                for _ in range(self.subject.answer_tokens):
-                    tokens.append(int(np.argmax(logits)))
-                    if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
-                        break
-                    logits = session.decode(tokens[-1])
-                answered.append(replace(prompt, tokens=np.array(tokens, np.int64)))
-                progress(done + 1, len(prompts))
-        return answered
-
-    def _calls(self, sequence: _Sequence, run: Run) -> list[Call]:
-        """The decoder's calls, what it is fed made by `run`."""
-        tokens = sequence.example.tokens
-        fed, rope = tokens, None
-        if self.subject.contract is not None:
-            inputs = Inputs(self.subject.contract, run)  # how a picture is joined does not depend on its grid
-            features = [inputs.encode(each) for each in sequence.example.encoder_inputs]
-            made = inputs.feed(tokens, features, 0)
-            fed, rope = made.embeds, made.rope
-        return [
-            Call(fed[start:stop], start, None if rope is None else rope[:, start:stop])
-            for start, stop in pairwise(sequence.cuts)
-        ]
-
-
-def _text_tokens(tokens: Array) -> set[int]:
-    """Ids that do not follow themselves: a picture's placeholder does."""
-    repeated = {int(a) for a, b in pairwise(tokens) if a == b}
-    return {int(token) for token in tokens} - repeated or {int(tokens[0])}
-
-
-def _is_placeholder(contract: Preprocess | None, token: int) -> bool:
-    return contract is not None and token == contract.image_token_id
-
-
-def _opens(evidence: _Evidence, state: Climb) -> None:
+def _opens(evidence: Evidence, state: Climb) -> None:
     """L1: the runtime opens each artifact, and its inputs and outputs are those that the canonical graph promises."""
     for name, part in evidence.subject.parts.items():
         for model in part.models:
@@ -365,7 +80,7 @@ def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
     return found.dtype == promised.dtype and len(found.shape) == len(promised.shape) and same
 
 
-def _graph(evidence: _Evidence, state: Climb) -> None:
+def _graph(evidence: Evidence, state: Climb) -> None:
     """L2: the canonical graphs against the original model, both over the checkpoint's weights in float32."""
     subject = evidence.subject
     oracle, graph = evidence.probed
@@ -394,7 +109,7 @@ def _graph(evidence: _Evidence, state: Climb) -> None:
     state.golden_gates["kl"] = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[_kind(subject.decoder)])
 
 
-def _weights(evidence: _Evidence, state: Climb) -> None:
+def _weights(evidence: Evidence, state: Climb) -> None:
     """L3: what the files hold against the checkpoint, tensor by tensor, and every tensor used."""
     subject = evidence.subject
     used: set[str] = set()
@@ -429,7 +144,7 @@ def _weights(evidence: _Evidence, state: Climb) -> None:
     state.results.append(_row("model", "L3", "coverage", metrics, {"left_over": 0}, not left, note))
 
 
-def _lowering(evidence: _Evidence, state: Climb) -> None:
+def _lowering(evidence: Evidence, state: Climb) -> None:
     """L4: the artifacts against the canonical graphs over the very weights that the artifacts store."""
     subject, shipped = evidence.subject, evidence.shipped
     rounds = any(_kind(part) != "float" for part in subject.parts.values())  # integer kernels round activations too
@@ -469,7 +184,7 @@ def _lowering(evidence: _Evidence, state: Climb) -> None:
     state.golden_gates["max_abs"] = max(gates.EXACT_MAX_ABS, change)
 
 
-def _behaviour(evidence: _Evidence, state: Climb) -> None:
+def _behaviour(evidence: Evidence, state: Climb) -> None:
     """L5: greedy answers of the artifacts, judged token by token by the two models they stand for."""
     from edgeexport.parity.reference import Reference
 
@@ -509,7 +224,7 @@ def _behaviour(evidence: _Evidence, state: Climb) -> None:
 
 
 def _features_row(
-    component: str, level: str, title: str, want: _Outcome, got: _Outcome, metric: str, limit: float, note: str = ""
+    component: str, level: str, title: str, want: Outcome, got: Outcome, metric: str, limit: float, note: str = ""
 ) -> ParityResult:
     """A component's outputs, all calls together. Both metrics are relative to the outputs' own root mean square."""
     pairs = list(zip(want.made.get(component, []), got.made.get(component, []), strict=True))
@@ -523,7 +238,7 @@ def _features_row(
     return _row(component, level, title, metrics, {metric: limit}, found <= limit, note)
 
 
-def _title(what: str, sequence: _Sequence) -> str:
+def _title(what: str, sequence: Script) -> str:
     return what if sequence.name == "text" else f"{what} ({sequence.name})"
 
 
@@ -555,17 +270,7 @@ def _compare_weight(subject: Subject, ref: TensorRef) -> WeightStats:
     return stats
 
 
-def _by_name(model: CanonicalModel, rows: Rows) -> Rows:
-    """From initializer names to checkpoint names; a kernel that is read as a matrix, as its rows."""
-
-    def read(name: str, start: int, stop: int) -> Array:
-        ref = model.weights[name]
-        return rows(ref.name, start, stop).reshape(-1, *ref.shape[1:])
-
-    return read
-
-
-def _golden(sequence: _Sequence, reference: Array) -> dict[str, Array]:
+def _golden(sequence: Script, reference: Array) -> dict[str, Array]:
     tokens = sequence.example.tokens
     return {
         "tokens": tokens,
@@ -574,7 +279,7 @@ def _golden(sequence: _Sequence, reference: Array) -> dict[str, Array]:
     }
 
 
-def _golden_rows(sequence: _Sequence, logits: Array) -> Array:
+def _golden_rows(sequence: Script, logits: Array) -> Array:
     """The rows after the whole prompt and after each token that follows it."""
     return np.ascontiguousarray(logits[sequence.prompt_calls - 1 :], np.float32)
 

@@ -22,8 +22,8 @@ Rows = Callable[[str, int, int], Array]
 """(weight name, start, stop) -> float32 rows; of a vector, elements."""
 
 LARGE_BYTES = 16 << 20
-"""A weight beyond this is multiplied in row chunks of this size and never held whole. glibc keeps blocks below 32 MB for
-the next chunk; it gives larger ones back to the system, and getting them anew costs as much as filling them."""
+"""A weight beyond this is multiplied in row chunks of this size and never held whole. glibc keeps blocks below 32 MB
+for the next chunk; larger ones go back to the system, and getting them anew costs as much as filling them."""
 
 
 @dataclass(frozen=True)

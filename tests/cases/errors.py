@@ -224,6 +224,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "name": "input_ids",
         "problem": "int32[1, 64] is needed, int32[1, 5] was given",
     },
+    "coreml_interpreted": {"package": "decoder.mlpackage"},
     "coreml_unsafe_program": {
         "function": "decode",
         "where": "layers_0_key",

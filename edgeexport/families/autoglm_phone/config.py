@@ -117,8 +117,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The values of config.json: plain lists, numbers and text, in the order of the schema."""
-    values: dict[str, Any] = msgspec.to_builtins(config)
-    values = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    values: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(config))
     return {"model_type": values.pop("model_type"), "architectures": values.pop("architectures"), **values}
 
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from edgeexport.families.autoglm_phone.stages import Parts
     from edgeexport.families.stages import TextModel
 
-OPS = DECODER_OPS | {"BatchNormalization", "Clip", "Concat", "Conv", "Gelu", "LayerNormalization", "Sub"}
+OPS = DECODER_OPS | {"BatchNormalization", "Clip", "Concat", "Conv", "Gelu", "LayerNormalization", "Split", "Sub"}
 MAX_FEATURES = 8192
 """Features that the pictures and sounds of one prompt may have together."""
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edgeexport.core import Array
+from edgeexport.core import Array, Progress
 from edgeexport.families.autoglm_phone.config import Config
 from edgeexport.families.autoglm_phone.data import Clip, Item, Picture, Split
 from edgeexport.families.autoglm_phone.model import Vision, audio_encoder
@@ -21,8 +21,6 @@ from edgeexport.session.image_file import Image
 from edgeexport.session.images import pixels
 
 BATCH = 16
-Watch = Callable[[str, int, int], None]
-"""Called with what is done, how much of it, and of how much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,26 +50,26 @@ def tower(module: Any, weights: dict[str, Array], prefix: str) -> Any:
     return module.eval().requires_grad_(False)
 
 
-def compute(data: Split, config: Config, weights: dict[str, Array], cache: Path, watch: Watch) -> Features:
+def compute(data: Split, config: Config, weights: dict[str, Array], cache: Path, watch: Progress) -> Features:
     """Features of all pictures and clips, prepared exactly as a session prepares them."""
     pictures, clips = (*data.digits, *data.scenes), data.clips
 
     def see() -> Array:
         vision, contract = tower(Vision(config.vision_config), weights, "vision."), image_contract(config)
         prepared = (pixels(Image(each.array), contract) for each in pictures)
-        return _run(prepared, len(pictures), vision, "pictures", watch)
+        return _run(prepared, len(pictures), vision, watch)
 
     def hear() -> Array:
         audio, contract = tower(audio_encoder(config.audio_config), weights, "audio."), audio_contract(config)
         prepared = (log_mel(each.samples, contract) for each in clips)
-        return _run(prepared, len(clips), lambda mel: audio(mel).last_hidden_state, "clips", watch)
+        return _run(prepared, len(clips), lambda mel: audio(mel).last_hidden_state, watch)
 
     seen = _remembered(cache, [each.array for each in pictures], see)
     heard = _remembered(cache, [each.samples for each in clips], hear)
     return Features(dict(zip(pictures, seen, strict=True)), dict(zip(clips, heard, strict=True)))
 
 
-def _run(prepared: Any, count: int, module: Any, what: str, watch: Watch) -> Array:
+def _run(prepared: Any, count: int, module: Any, watch: Progress) -> Array:
     made: list[Array] = []
     batch: list[Array] = []
     for i, each in enumerate(prepared):
@@ -80,7 +78,7 @@ def _run(prepared: Any, count: int, module: Any, what: str, watch: Watch) -> Arr
             with torch.no_grad():
                 made += list(module(torch.from_numpy(np.concatenate(batch))).numpy().astype(np.float16))
             batch.clear()
-            watch(what, i + 1, count)
+            watch(i + 1, count)
     return np.stack(made)
 
 

@@ -103,12 +103,16 @@ class Fusion(nn.Module):
 
     def forward(self, embeds: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """embeds [B, T, hidden], features [B, M, align_dim] -> [B, T, hidden]."""
+        aligned, found = self.find(embeds, features)
+        gate = torch.sigmoid(self.gate(torch.cat((aligned, found), -1)))
+        return gate * self.output(found) + (1 - gate) * embeds
+
+    def find(self, embeds: torch.Tensor, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each token is in the shared space, and what it finds there, both [B, T, align_dim]."""
         aligned = self.query_norm(self.query(embeds))
         keys = self._by_heads(features)
         found = nn.functional.scaled_dot_product_attention(self._by_heads(aligned), keys, keys)
-        found = found.transpose(1, 2).flatten(2)
-        gate = torch.sigmoid(self.gate(torch.cat((aligned, found), -1)))
-        return gate * self.output(found) + (1 - gate) * embeds
+        return aligned, found.transpose(1, 2).flatten(2)
 
     def _by_heads(self, x: torch.Tensor) -> torch.Tensor:
         """[B, N, heads * D] -> [B, heads, N, D]."""

@@ -1,4 +1,4 @@
-"""The weights of mini's towers, out of the packages that ship them: EfficientNet-lite0 and Whisper tiny.en's encoder."""
+"""Weights of mini's towers out of the packages that ship them: EfficientNet-lite0 and Whisper tiny.en's encoder."""
 
 from __future__ import annotations
 

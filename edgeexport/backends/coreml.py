@@ -1,0 +1,140 @@
+"""Core ML: the canonical graph to one .mlpackage per component, a function for each shape, written on any computer.
+
+A decoder has two functions, `decode` of one token and `prefill` of several, over the same weights and the same states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgeexport import errors
+from edgeexport.backends.coreml_ops import OPS
+from edgeexport.core import (
+    Artifact,
+    CanonicalModel,
+    Dim,
+    Finding,
+    Progress,
+    QuantPlan,
+    Signature,
+    Target,
+    TensorSpec,
+    WeightSource,
+    no_progress,
+)
+
+NAME = "coreml"
+DECODE, PREFILL = "decode", "prefill"
+"""Functions of a component whose number of tokens is symbolic."""
+STEP = "step"
+"""Name of the signature of a component that has no variants, and of its function."""
+__all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """[options] of a target for this backend."""
+
+    prefill: int = 64
+    """Tokens that `prefill` takes at a time; a shorter rest of a prompt is padded."""
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.prefill <= 1024:
+            raise ValueError(f"prefill is {self.prefill}; 2 to 1024 tokens are possible")
+
+
+OPTIONS = Options
+
+
+def versions() -> dict[str, str]:
+    """Versions of the tools that shape the artifact's bytes. Raises: ToolError `missing-package`."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return {name: version(name) for name in ("coremltools", "onnx-ir")}
+    except PackageNotFoundError as problem:
+        raise errors.missing_package("coremltools", "coreml") from problem
+
+
+def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
+    """Every node that the table refuses or does not know, all at once. Pure; no SDK."""
+    findings = []
+    for node in model.graph.graph:
+        row = OPS.get(node.op_type)
+        if row is None or row.kind == "reject":
+            why, fix = (row.why, row.fix) if row else ("the op table has no row for it", "add a row to coreml_ops.py")
+            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
+        elif row.limit is not None and (reason := row.limit(node)) is not None:
+            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
+    return findings
+
+
+def compile(
+    models: Sequence[CanonicalModel],
+    target: Target,
+    plan: QuantPlan,
+    source: WeightSource,
+    work: Path,
+    progress: Progress = no_progress,
+) -> Artifact:
+    """Write `<component>.mlpackage` into `work`: a function for each variant, or for one and for several tokens.
+
+    Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored; LoweringError
+    `coreml-unsafe-program`, `artifact-too-large`.
+    """
+    from edgeexport.backends import coreml_lints, coreml_lowering, coreml_package
+
+    options = Options(**target.options)
+    name = f"{models[0].component}.mlpackage"
+    layout = coreml_package.BlobLayout(f"{name}/{coreml_package.WEIGHTS}")
+    weights = coreml_lowering.Weights(layout)
+    functions = []
+    signatures = []
+    for model in models:
+        for function, tokens in _functions(model, options, target.context):
+            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, function, tokens).run())
+            signatures.append(_signature(model, function, tokens, f"{name}/{coreml_package.MANIFEST}"))
+    program = coreml_lowering.program(functions)
+    if found := coreml_lints.unsafe(program):
+        raise errors.LoweringError(*found)
+    limit = target.limits.get("max_file_bytes")
+    if limit is not None and layout.size > limit:
+        raise errors.artifact_too_large(target.name, layout.size, limit)
+    files = coreml_package.write(work, name, program, layout, source, progress)
+    return Artifact(
+        component=models[0].component,
+        backend=NAME,
+        files=files,
+        signatures=tuple(signatures),
+        state=models[0].state,
+        weights=layout.weights,
+        tools=versions(),
+        findings=(errors.coreml_interpreted(name),),
+    )
+
+
+def _functions(model: CanonicalModel, options: Options, context: int) -> list[tuple[str, int]]:
+    """(name, number of tokens) of the functions of one variant."""
+    symbolic = [size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)]
+    if not symbolic:
+        return [(model.variant or STEP, 0)]
+    most = min(size.max for size in symbolic)
+    return [(DECODE, 1), (PREFILL, min(options.prefill, most))] if most > 1 else [(DECODE, 1)]
+
+
+def _signature(model: CanonicalModel, function: str, tokens: int, file: str) -> Signature:
+    """A function as the package has it: whole numbers are int32, states float16, other numbers float32."""
+    from edgeexport.backends.coreml_lowering import FLOAT, HOST_TYPES, LAST
+
+    states = {name for pair in model.state for name in pair}
+
+    def spec(each: TensorSpec) -> TensorSpec:
+        dtype = FLOAT if each.name in states else HOST_TYPES[each.dtype]
+        return TensorSpec(each.name, dtype, tuple(tokens if isinstance(size, Dim) else size for size in each.shape))
+
+    inputs = [spec(each) for each in model.inputs]
+    if tokens > 1 and states:
+        inputs.append(TensorSpec(LAST, "int32", (1,)))
+    return Signature(function, tuple(inputs), tuple(spec(each) for each in model.outputs), file)

@@ -1,0 +1,306 @@
+"""A function of an ML program as it grows: values with their types, constants, weights in the file, states.
+
+What each op becomes is in coreml_ops.py. The protobuf is written directly, so that no pass of coremltools touches it:
+one of them, common::remove_redundant_ops, joins two reads of a state around a write and returns stale data.
+A function has static shapes: the symbolic number of tokens is given, and everything that follows from it alone is
+computed here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edgeexport.backends import coreml_mil as mil
+from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, record_of
+from edgeexport.backends.optable import OpTable
+from edgeexport.canonical.dialect import constant, stored
+from edgeexport.core import Array, CanonicalModel, Dim, QuantPlan, TensorSpec
+
+FLOAT = "float16"
+"""What is computed in. Inputs and outputs of the model are float32."""
+SMALL_BYTES = 256
+"""Constants up to here are written into the program, larger ones into the weight file."""
+HOST_TYPES = {"float32": "float32", "int64": "int32"}
+"""Element type of the model's inputs and outputs to that of the program's: Core ML takes no int64."""
+LAST = "last"
+"""The input of a function of several tokens that says which is the last valid one: prompts are padded to its size."""
+
+
+@dataclass(frozen=True)
+class Value:
+    """A value of the program; `known` where it is computed here already (and not yet written into the program)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    known: Array | None = None
+
+
+Input = Value | Array | str | bool | int | Sequence[Value]
+"""What an operation's parameter may be given: a value, a constant, a text, or several values."""
+
+
+@dataclass
+class Weights:
+    """What the functions of one package share: the weight file's layout, and where each constant in it lies."""
+
+    layout: BlobLayout
+    constants: dict[tuple[str, tuple[int, ...], bytes], int] = field(default_factory=dict)
+
+    def place(self, array: Array) -> int:
+        """Offset of the record of an array, which is stored once."""
+        key = (str(array.dtype), array.shape, array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = record_of(self.layout.add_constant(f"constant {len(self.constants)}", array))
+        return self.constants[key]
+
+
+class Lowering:
+    """One function of a component. `tokens` is what the model's symbolic size is here, if it has one."""
+
+    def __init__(
+        self, model: CanonicalModel, plan: QuantPlan, weights: Weights, table: OpTable, name: str, tokens: int = 0
+    ) -> None:
+        self.model, self.plan, self.table = model, plan, table
+        self.name, self.tokens = name, tokens
+        self.memo: dict[tuple[Any, ...], Value] = {}
+        """Values that several nodes share: masks, rotary tables."""
+        self.values: dict[ir.Value, Value] = {}
+        self.states: dict[ir.Value, Value] = {}
+        self.last: Value | None = None
+        self._weights = weights
+        self._operations: list[Any] = []
+        self._names: set[str] = set()
+        self._constants: dict[tuple[Any, ...], str] = {}
+        self._read: dict[str, Value] = {}
+
+    def run(self) -> tuple[Any, Any]:
+        """(Function, FunctionDescription) of the component."""
+        graph: ir.Graph = self.model.graph.graph
+        inputs = self._inputs(graph)
+        for node in graph:
+            row = self.table.get(node.op_type)
+            assert row is not None and row.lower is not None, "checked before"
+            row.lower(node, self)
+        replaced = {present for _, present in self.model.state}
+        outputs = [
+            self._output(self.value(value), spec)
+            for value, spec in zip(graph.outputs, self.model.outputs, strict=True)
+            if spec.name not in replaced
+        ]
+        mil_pb2 = mil.protobuf().mil
+        function = mil_pb2.Function(opset=mil.OPSET)
+        for value in (*inputs, *self.states.values()):
+            kind = mil.value_type(value.dtype, value.shape, state=value in self.states.values())
+            function.inputs.add(name=value.name, type=kind)
+        block = function.block_specializations[mil.OPSET]
+        block.operations.extend(self._operations)
+        block.outputs.extend(value.name for value in outputs)
+        return function, self._description(inputs, outputs)
+
+    # values
+
+    def value(self, old: ir.Value | None) -> Value:
+        """What stands for a value of the model: a result, a weight as float16, a constant."""
+        assert old is not None, "an input that the dialect requires"
+        if old not in self.values:
+            weight = stored(old)
+            if weight is not None and weight.name in self.model.weights:
+                self.values[old] = self.weight(str(weight.name))
+            else:
+                tensor = constant(old)
+                assert tensor is not None, f"{old.name} is used before it is made"
+                self.values[old] = self.known(tensor.numpy())
+        return self.values[old]
+
+    def known(self, array: Array) -> Value:
+        """A value that is known while the program is written: int32 for whole numbers, float16 for others."""
+        dtype = {"f": FLOAT, "b": "bool"}.get(array.dtype.kind, "int32")
+        if dtype == "int32" and array.size:
+            limits = np.iinfo(np.int32)
+            array = np.clip(array, limits.min, limits.max)  # "to the end" is 2**63 - 1 in ONNX
+        return Value("", array.shape, dtype, array)
+
+    def weight(self, name: str) -> Value:
+        """A weight of the model as float16, however it is stored; read once for each function."""
+        if name in self._read:
+            return self._read[name]
+        ref, fmt, layout = self.model.weights[name], self.plan.formats[name], self._weights.layout
+        if name not in layout.weights:
+            layout.add([name], [ref.shape], fmt)
+        held = layout.weights[name]
+        at = record_of(held.offset)
+        if fmt.integer:
+            groups = ref.shape[-1] // fmt.block if fmt.block else 1
+            inputs = {
+                "data": [mil.in_file(WEIGHTS_IN_PROGRAM, at, f"int{fmt.bits}", ref.shape)],
+                "scale": [
+                    mil.in_file(WEIGHTS_IN_PROGRAM, record_of(held.scales_offset), "float16", (*ref.shape[:-1], groups))
+                ],
+            }
+            made = self._append("constexpr_blockwise_shift_scale", name, inputs, [(ref.shape, FLOAT)])[0]
+        else:
+            element = f"float{fmt.bits}"
+            made = self._const(name, mil.in_file(WEIGHTS_IN_PROGRAM, at, element, ref.shape), ref.shape, element)
+            if element != FLOAT:
+                made = self.emit("cast", {"x": made, "dtype": "fp16"}, ref.shape, name=f"{name}_fp16")
+        self._read[name] = made
+        return made
+
+    def is_constant_expression(self, name: str) -> bool:
+        """Whether a weight reaches operations as a constant, which some of their parameters must be."""
+        fmt = self.plan.formats[name]
+        return fmt.integer or fmt.bits == 16
+
+    # operations
+
+    def emit(
+        self, op: str, inputs: Mapping[str, Input], shape: Sequence[int], dtype: str = FLOAT, name: str = ""
+    ) -> Value:
+        """Append an operation with one output."""
+        return self.emit_many(op, inputs, [tuple(shape)], dtype, name)[0]
+
+    def emit_many(
+        self, op: str, inputs: Mapping[str, Input], shapes: Sequence[Sequence[int]], dtype: str = FLOAT, name: str = ""
+    ) -> list[Value]:
+        """Append an operation with outputs of these shapes."""
+        bound: dict[str, list[Any]] = {}
+        for parameter, given in inputs.items():
+            label = f"{name or op}_{parameter}"
+            several = isinstance(given, Sequence) and not isinstance(given, str)
+            bound[parameter] = [self._bound(each, label) for each in (given if several else [given])]  # type: ignore[union-attr]
+        return self._append(op, name or op, bound, [(tuple(shape), dtype) for shape in shapes])
+
+    def write_state(self, state: Value, data: Value) -> None:
+        """Give a state a new value. Whoever needs that value uses `data`: a state is never read after it is written."""
+        label = self._unique(f"{state.name}_write")
+        self._operations.append(mil.operation("write_state", label, {"input": [state.name], "data": [data.name]}, []))
+
+    def materialised(self, value: Value, dtype: str = "", name: str = "constant") -> Value:
+        """A value that is in the program, one that was only known included."""
+        if value.known is None:
+            return value
+        element = dtype or value.dtype
+        return Value(self._literal(value.known.astype(element), name), value.shape, element)
+
+    def _bound(self, given: Any, label: str) -> str:
+        if isinstance(given, Value):
+            return self.materialised(given, name=label).name
+        if isinstance(given, bool | int):
+            given = np.array(given, np.bool_ if isinstance(given, bool) else np.int32)
+        return self._literal(given, label)
+
+    def _literal(self, given: Array | str, label: str) -> str:
+        """The name of a constant; equal ones are written once."""
+        if isinstance(given, str):
+            key: tuple[Any, ...] = (given,)
+            value, shape, element = mil.text(given), (), "string"
+        else:
+            array = np.ascontiguousarray(given)
+            key, shape, element = (str(array.dtype), given.shape, array.tobytes()), given.shape, str(array.dtype)
+            large = array.nbytes > SMALL_BYTES and mil.BY_NAME[element].blob
+            value = (
+                mil.in_file(WEIGHTS_IN_PROGRAM, self._weights.place(array.reshape(shape)), element, shape)
+                if large
+                else mil.small(array.reshape(shape))
+            )
+        if key not in self._constants:
+            self._constants[key] = self._const(label, value, shape, element).name
+        return self._constants[key]
+
+    def _const(self, label: str, value: Any, shape: Sequence[int], element: str) -> Value:
+        name = self._unique(label)
+        operation = mil.operation("const", name, {}, [(name, mil.value_type(element, shape))])
+        operation.attributes["val"].CopyFrom(value)
+        self._operations.append(operation)
+        return Value(name, tuple(shape), element)
+
+    def _append(
+        self, op: str, label: str, inputs: dict[str, list[Any]], outputs: Sequence[tuple[tuple[int, ...], str]]
+    ) -> list[Value]:
+        made = [Value(self._unique(label), shape, dtype) for shape, dtype in outputs]
+        kinds = [(value.name, mil.value_type(value.dtype, value.shape)) for value in made]
+        self._operations.append(mil.operation(op, made[0].name, inputs, kinds))
+        return made
+
+    def _unique(self, label: str) -> str:
+        """An identifier of MIL that nothing else in the function has."""
+        base = identifier(label)
+        name, count = base, 1
+        while name in self._names:
+            name, count = f"{base}_{count}", count + 1
+        self._names.add(name)
+        return name
+
+    # the border
+
+    def _inputs(self, graph: ir.Graph) -> list[Value]:
+        """Placeholders of inputs and states; the names of inputs and outputs are taken first."""
+        self._names |= {identifier(spec.name) for spec in self.model.outputs}
+        pasts = {past for past, _ in self.model.state}
+        made = []
+        for old, spec in zip(graph.inputs, self.model.inputs, strict=True):
+            shape = self._sizes(spec)
+            if spec.name in pasts:
+                self.states[old] = Value(self._unique(spec.name), shape, FLOAT)
+                continue
+            value = Value(self._unique(spec.name), shape, HOST_TYPES[spec.dtype])
+            made.append(value)
+            self.values[old] = self._narrowed(value)
+        if self.tokens > 1 and self.model.state:
+            self.last = Value(self._unique(LAST), (1,), "int32")
+            made.append(self.last)
+        return made
+
+    def _narrowed(self, value: Value) -> Value:
+        if value.dtype != "float32":
+            return value
+        return self.emit("cast", {"x": value, "dtype": "fp16"}, value.shape, name=f"{value.name}_fp16")
+
+    def _output(self, value: Value, spec: TensorSpec) -> Value:
+        name = identifier(spec.name)
+        self._names.discard(name)
+        held = self.materialised(value)
+        if held.dtype == FLOAT:
+            return self.emit("cast", {"x": held, "dtype": "fp32"}, held.shape, "float32", name=name)
+        return self.emit("identity", {"x": held}, held.shape, held.dtype, name=name)
+
+    def _sizes(self, spec: TensorSpec) -> tuple[int, ...]:
+        return tuple(self.tokens if isinstance(size, Dim) else size for size in spec.shape)
+
+    def _description(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Any:
+        made = mil.protobuf().model.FunctionDescription(name=self.name)
+        for values, held in ((inputs, made.input), (outputs, made.output)):
+            for value in values:
+                _describe(held.add(name=value.name).type.multiArrayType, value)
+        for value in self.states.values():
+            _describe(made.state.add(name=value.name).type.stateType.arrayType, value)
+        return made
+
+
+def _describe(array: Any, value: Value) -> None:
+    array.shape.extend(value.shape)
+    array.dataType = mil.protobuf().features.ArrayFeatureType.ArrayDataType.Value(value.dtype.upper())
+
+
+def identifier(name: str) -> str:
+    """A name as MIL allows it: letters, digits and _, no digit first."""
+    made = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{made}" if made[:1].isdigit() else made
+
+
+def program(functions: Sequence[tuple[Any, Any]]) -> Any:
+    """A Model of these (Function, FunctionDescription); the first is what runs when none is named."""
+    made = mil.protobuf().model.Model(specificationVersion=mil.SPECIFICATION)
+    made.mlProgram.version = 1
+    for function, description in functions:
+        made.mlProgram.functions[description.name].CopyFrom(function)
+        made.description.functions.append(description)
+    made.description.defaultFunctionName = functions[0][1].name
+    return made

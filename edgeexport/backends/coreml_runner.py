@@ -1,0 +1,193 @@
+"""Run a bundle's ML packages on this computer: interpreted, not by Apple's runtime, which only Apple's systems have.
+
+Prompts are cut into the pieces that the function `prefill` takes; the last piece is padded, and what a padded token
+writes into the cache is overwritten before any token may see it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgeexport import errors
+from edgeexport.backends.coreml import DECODE, PREFILL, STEP
+from edgeexport.backends.coreml_interpreter import Function, Interpreter
+from edgeexport.backends.coreml_package import package_of
+from edgeexport.core import Array, Dim, TensorSpec
+
+RUNTIME = "interpreted on this computer, not Apple's runtime"
+LAST = "last"
+WIDER = {"int32": "int64", "float16": "float32"}
+"""What the runner takes and gives for the package's own types, so that a session sees those of the canonical graph."""
+
+
+def identifier(name: str) -> str:
+    """The package's name of a value: MIL has no dots in names."""
+    return name.replace(".", "_")
+
+
+class InterpretedDecoder:
+    """One decoder at batch 1."""
+
+    def __init__(self, package: Path, *, exact: bool) -> None:
+        self._interpreter = Interpreter(package, exact=exact)
+        self._decode = self._interpreter.function(DECODE)
+        self._prefill = self._interpreter.function(PREFILL) if PREFILL in self._interpreter.package.functions else None
+        self._state = self._interpreter.new_state(DECODE)
+        self.context = _sizes(next(iter(self._decode.states.values())))[2]
+        self.vocab = _sizes(self._decode.outputs["logits"])[-1]
+        self.runtime_seconds = 0.0
+        self._fed = "input_ids" if "input_ids" in self._decode.inputs else "inputs_embeds"
+        self._piece = _sizes(self._prefill.inputs[self._fed])[1] if self._prefill else 1
+
+    def step(self, fed: Array, position: int, rope: Array | None = None) -> npt.NDArray[np.float32]:
+        """Write T tokens at cache slots position..; logits [V] of the last one.
+
+        `fed` is int64 [T], or float32 [T,hidden] where the graph takes embeddings; `rope` int64 [3,T] where it turns
+        by M-RoPE.
+        """
+        started = time.perf_counter()
+        logits = np.empty(0, np.float32)
+        done = 0
+        while done < len(fed):
+            at, rest = position + done, len(fed) - done
+            # A piece that would reach beyond the cache goes token by token: no slot may be written twice.
+            several = rest > 1 and at + self._piece <= self.context
+            count = min(rest, self._piece) if several else 1
+            turned = None if rope is None else rope[:, done : done + count]
+            logits = self._run(fed[done : done + count], at, turned, several=several)
+            done += count
+        self.runtime_seconds += time.perf_counter() - started
+        return logits
+
+    def close(self) -> None:
+        """Let the weights and the cache go."""
+        self._state.clear()
+        del self._interpreter
+
+    def _run(self, fed: Array, position: int, rope: Array | None, *, several: bool) -> npt.NDArray[np.float32]:
+        size = self._piece if several else 1
+        inputs = {self._fed: _padded(fed, 0, size)[None], "position": np.array([position], np.int32)}
+        if rope is not None:
+            inputs["rope_positions"] = _padded(rope, 1, size)[:, None]
+        if several:
+            inputs[LAST] = np.array([len(fed) - 1], np.int32)
+        outputs = self._interpreter.run(inputs, self._state, PREFILL if several else DECODE)
+        logits: npt.NDArray[np.float32] = outputs["logits"][0, 0]
+        return logits
+
+
+class InterpretedGraph:
+    """One component without state, or one variant of it."""
+
+    def __init__(self, package: Path, variant: str, *, exact: bool) -> None:
+        self._interpreter = Interpreter(package, exact=exact)
+        self._variant = variant
+        self._tokens = PREFILL in self._interpreter.package.functions
+        self._function = self._interpreter.function(PREFILL if self._tokens else variant or STEP)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs and outputs by name."""
+        if not self._tokens:
+            return self._interpreter.run(inputs, name=self._function.name)
+        pieces = []
+        (axis, size) = _token_axis(self._function, self._interpreter.function(DECODE))
+        count = next(iter(inputs.values())).shape[axis]
+        for start in range(0, count, size):
+            part = {
+                name: _padded(each.take(range(start, min(count, start + size)), axis), axis, size)
+                for name, each in inputs.items()
+            }
+            pieces.append(self._interpreter.run(part, name=PREFILL))
+        return {
+            name: np.concatenate([piece[name] for piece in pieces], axis=axis).take(range(count), axis)
+            for name in pieces[0]
+        }
+
+    def close(self) -> None:
+        """Let the weights go."""
+        del self._interpreter
+
+
+def open_decoder(
+    folder: Path, component: Any, *, threads: int | None = None, exact: bool = False
+) -> InterpretedDecoder:
+    """Open a component of a bundle's manifest as a decoder. With `exact` nothing is rounded to float16.
+
+    `threads` is numpy's business. Raises: BundleError `mlpackage-damaged`, `mlpackage-op-unknown`.
+    """
+    return InterpretedDecoder(package_of(folder / _file(component, DECODE)), exact=exact)
+
+
+def open_graph(
+    folder: Path, component: Any, variant: str = "", *, threads: int | None = None, exact: bool = False
+) -> InterpretedGraph:
+    """Open a component without state, or one variant of it; as `open_decoder`. Raises also `bundle-no-variant`."""
+    return InterpretedGraph(package_of(folder / _file(component, variant)), variant, exact=exact)
+
+
+def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
+    """Inputs and outputs of a component as its runner takes and gives them, by the canonical graph's names.
+
+    A state is the input and the output that it replaces. Where there is a function for one token and one for several,
+    their number is symbolic. Raises: BundleError `mlpackage-damaged`, `bundle-no-variant`.
+    """
+    interpreter = Interpreter(package_of(folder / _file(component, variant or DECODE)))
+    functions = interpreter.package.functions
+    several = PREFILL in functions
+    main = interpreter.function(DECODE if DECODE in functions else variant or STEP)
+    larger = interpreter.function(PREFILL) if several else main
+    names = {
+        identifier(spec.name): spec.name for each in component.signatures for spec in (*each.inputs, *each.outputs)
+    }
+    replaced = {identifier(past): present for past, present in component.state}
+    found = {}
+    for group, others in (
+        (main.inputs, larger.inputs), (main.outputs, larger.outputs), (main.states, larger.states)
+    ):  # fmt: skip
+        for name, kind in group.items():
+            sizes = [
+                size if size == other else Dim("T", 1, other)
+                for size, other in zip(_sizes(kind), _sizes(others[name]), strict=True)
+            ]
+            own = names.get(name, name)
+            dtype = WIDER.get(kind.element.name, kind.element.name)
+            for each in (own, replaced[name]) if name in replaced else (own,):
+                found[each] = TensorSpec(each, dtype, tuple(sizes))
+    return found
+
+
+def _file(component: Any, signature: str) -> str:
+    """The package that has a signature. Raises: BundleError `bundle-no-variant`."""
+    files = {each.name: str(each.file) for each in component.signatures}
+    for name in (signature or STEP, DECODE):
+        if name in files:
+            return files[name]
+    raise errors.bundle_no_variant(_named(component), signature, files)
+
+
+def _named(component: Any) -> str:
+    return str(getattr(component, "name", "") or component.component)
+
+
+def _sizes(kind: Any) -> tuple[int, ...]:
+    sizes: tuple[int, ...] = kind.sizes
+    return sizes
+
+
+def _token_axis(several: Function, one: Function) -> tuple[int, int]:
+    """(axis of the tokens in a component's first input, how many the function of several takes)."""
+    name, kind = next(iter(several.inputs.items()))
+    pairs = zip(_sizes(kind), _sizes(one.inputs[name]), strict=True)
+    return next((axis, size) for axis, (size, single) in enumerate(pairs) if size != single)
+
+
+def _padded(array: Array, axis: int, size: int) -> Array:
+    """With zeros up to `size` along an axis."""
+    widths = [(0, size - array.shape[i] if i == axis else 0) for i in range(array.ndim)]
+    return np.pad(array, widths)

@@ -1,0 +1,324 @@
+"""The .tflite file as it grows: a flatbuffer of graphs, and behind it the weights, streamed to where it says.
+
+Weights and constants lie behind the flatbuffer, at `Buffer.offset`, so that the file may exceed the flatbuffer's 2 GB
+and no weight passes through it. The one exception is the format's own: scales of one per row are a vector inside the
+flatbuffer, left empty when it is packed and filled as the rows stream by.
+
+Source: the schema, tflite/schema/schema.fbs of LiteRT 2.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeexport.backends import storage
+from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
+
+IDENTIFIER = b"TFL3"
+SCHEMA_VERSION = 3
+TYPES: Mapping[str, str] = {
+    "float32": "FLOAT32", "float16": "FLOAT16", "int32": "INT32", "int16": "INT16", "int8": "INT8", "int4": "INT4",
+    "bool": "BOOL",
+}  # fmt: skip
+"""dtype to the schema's TensorType."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor of one graph: its index there, its shape and its dtype."""
+
+    index: int
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One weight of the file: the buffers of its rows and, where blocks share them, of its scales."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    order: tuple[int, ...]
+    rows: int
+    scales: int = 0
+    per_row: _PerRow | None = None
+
+
+class _PerRow:
+    """Scales of one per row, packed once for all graphs that read the weight; rows of equal number share their zero
+    points, too. `at` is where the vector's floats begin, counted from the end of the flatbuffer."""
+
+    def __init__(self, count: int, zeros: dict[int, tuple[Any, int]]) -> None:
+        self.count = count
+        self.at = 0
+        self._zeros = zeros
+        self._packed: tuple[Any, int] = (None, 0)
+
+    def Pack(self, builder: Any) -> int:  # noqa: N802 - the schema's object API calls it so
+        from ai_edge_litert import schema_py_generated as schema
+
+        if self._packed[0] is not builder:
+            scales = builder.CreateNumpyVector(np.zeros(self.count, np.float32))
+            self.at = scales - 4  # behind the vector's length
+            if self._zeros.get(self.count, (None, 0))[0] is not builder:
+                self._zeros[self.count] = builder, builder.CreateNumpyVector(np.zeros(self.count, np.int64))
+            schema.QuantizationParametersStart(builder)
+            schema.QuantizationParametersAddScale(builder, scales)
+            schema.QuantizationParametersAddZeroPoint(builder, self._zeros[self.count][1])
+            schema.QuantizationParametersAddQuantizedDimension(builder, 0)
+            self._packed = builder, schema.QuantizationParametersEnd(builder)
+        return self._packed[1]
+
+
+class ModelFile:
+    """One file with several graphs (signatures) over the same weights. Buffers lie in the order of their first use."""
+
+    def __init__(self, name: str) -> None:
+        from ai_edge_litert import schema_py_generated as schema
+
+        self.name = name
+        self.schema = schema
+        self._buffers: list[Array | tuple[_Weight, bool] | None] = [None]
+        """By index: a constant, or a weight's rows (False) or scales (True). The first is empty by convention."""
+        self._constants: dict[tuple[str, bytes], int] = {}
+        self._weights: dict[str, _Weight] = {}
+        self._zeros: dict[int, tuple[Any, int]] = {}
+        self._codes: dict[tuple[str, int], int] = {}
+        self._graphs: list[Any] = []
+        self._signatures: list[Any] = []
+
+    def graph(self, name: str) -> Graph:
+        """A new graph, to be closed by `sign`."""
+        return Graph(self, name)
+
+    def constant(self, array: Array) -> int:
+        """The buffer that holds these numbers; equal ones are held once."""
+        key = array.dtype.str, array.tobytes()
+        if key not in self._constants:
+            self._constants[key] = len(self._buffers)
+            self._buffers.append(np.ascontiguousarray(array).reshape(-1))
+        return self._constants[key]
+
+    def weight(self, name: str, shape: tuple[int, ...], fmt: Format, order: tuple[int, ...] = ()) -> _Weight:
+        """The weight of this name, entered when it is first asked for, its axes in the file in this order."""
+        if name not in self._weights:
+            weight = self._weights[name] = _Weight(name, shape, fmt, order, len(self._buffers))
+            self._buffers.append((weight, False))
+            if fmt.integer and fmt.block:
+                weight.scales = len(self._buffers)
+                self._buffers.append((weight, True))
+            elif fmt.integer:
+                weight.per_row = _PerRow(shape[0], self._zeros)
+        return self._weights[name]
+
+    def code(self, op: str, version: int) -> int:
+        """Index of an operator of this version; one op may be there in several."""
+        return self._codes.setdefault((op, version), len(self._codes))
+
+    def sign(self, graph: Graph, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+        """Close a graph: it is a signature with these inputs and outputs, and what they do not need is dropped."""
+        wanted = [tensor.index for tensor in outputs.values()]
+        live, kept = set(wanted), []
+        for operator in reversed(graph.operators):
+            if live.intersection(operator.outputs):
+                live.update(operator.inputs)
+                kept.append(operator)
+        made = self.schema.SubGraphT(
+            name=graph.name,
+            tensors=graph.tensors,
+            operators=kept[::-1],
+            inputs=[tensor.index for tensor in inputs.values()],
+            outputs=wanted,
+        )
+        pairs = [
+            [self.schema.TensorMapT(name=name, tensorIndex=tensor.index) for name, tensor in side.items()]
+            for side in (inputs, outputs)
+        ]
+        self._signatures.append(
+            self.schema.SignatureDefT(
+                signatureKey=graph.name, subgraphIndex=len(self._graphs), inputs=pairs[0], outputs=pairs[1]
+            )
+        )
+        self._graphs.append(made)
+
+    def write(self, folder: Path, source: WeightSource, progress: Progress) -> dict[str, StoredWeight]:
+        """Write the file; returns where each weight lies.
+
+        Raises: UsageError `output-not-writable`; what `source` raises.
+        """
+        from edgeexport import errors
+
+        head = len(self._pack([(1, 1) if _size(held) else (0, 0) for held in self._buffers]))
+        layout, places = self._layout(head)
+        data = self._pack(places)
+        assert len(data) == head, "offsets have a fixed width"
+        for weight in self._weights.values():
+            if weight.per_row is not None:
+                stored = layout.weights[weight.name]
+                layout.weights[weight.name] = replace(stored, scales_offset=head - weight.per_row.at)
+        layout.constants[""] = 0, np.frombuffer(data, np.uint8)
+        storage.write(folder, layout, source, progress)
+        if not (folder / self.name).stat().st_size:
+            raise errors.output_not_writable(folder, f"{self.name} is empty")
+        return layout.weights
+
+    def _layout(self, head: int) -> tuple[storage.Layout, list[tuple[int, int]]]:
+        """Where everything will lie behind a flatbuffer of `head` bytes, and (offset, size) of every buffer."""
+        layout = storage.Layout(self.name, head)
+        places: list[tuple[int, int]] = []
+        for held in self._buffers:
+            size = _size(held)
+            if not size:
+                places.append((0, 0))
+                continue
+            offset = -(-layout.size // storage.ALIGNMENT) * storage.ALIGNMENT
+            layout.size = offset + size
+            places.append((offset, size))
+            if isinstance(held, np.ndarray):
+                layout.constants[f"buffer.{len(places) - 1}"] = offset, held
+        for weight in self._weights.values():
+            fmt = weight.format
+            scales = places[weight.scales][0] if weight.scales else -1
+            layout.weights[weight.name] = StoredWeight(
+                self.name, places[weight.rows][0], scales, fmt, weight.shape, signed=True,
+                scale_bits=32 if weight.per_row else 16, order=weight.order,
+            )  # fmt: skip
+        return layout, places
+
+    def _pack(self, places: Sequence[tuple[int, int]]) -> bytes:
+        import flatbuffers
+
+        schema = self.schema
+        codes = []
+        for op, version in self._codes:
+            code = getattr(schema.BuiltinOperator, op)
+            codes.append(schema.OperatorCodeT(deprecatedBuiltinCode=min(code, 127), builtinCode=code, version=version))
+        model = schema.ModelT(
+            version=SCHEMA_VERSION,
+            operatorCodes=codes,
+            subgraphs=self._graphs,
+            description=b"edgeexport",
+            buffers=[schema.BufferT(offset=offset, size=size) for offset, size in places],
+            signatureDefs=self._signatures,
+        )
+        builder = flatbuffers.Builder(1 << 16)
+        builder.Finish(model.Pack(builder), IDENTIFIER)
+        return bytes(builder.Output())
+
+
+def _size(held: Array | tuple[_Weight, bool] | None) -> int:
+    """Bytes of a buffer."""
+    if held is None:
+        return 0
+    if isinstance(held, np.ndarray):
+        return held.nbytes
+    weight, scales = held
+    rows = int(np.prod(weight.shape[:-1], dtype=np.int64))
+    width = weight.shape[-1] if weight.shape else 1
+    return rows * (2 * storage.blocks(width, weight.format) if scales else storage.row_bytes(width, weight.format))
+
+
+@dataclass(eq=False)
+class Graph:
+    """One graph as it grows. Tensors are named `<graph>/<number>`, or as they are asked to be: names are unique in the
+    whole file, as delegates want them."""
+
+    file: ModelFile
+    name: str
+    tensors: list[Any] = field(default_factory=list)
+    operators: list[Any] = field(default_factory=list)
+    shared: dict[Any, Tensor] = field(default_factory=dict)
+    """What was made once and may be read again, by what it is."""
+
+    def tensor(
+        self, shape: Sequence[int], dtype: str, name: str = "", buffer: int = 0, quantization: Any = None
+    ) -> Tensor:
+        """A new tensor; `buffer` is 0 for one that is computed."""
+        schema = self.file.schema
+        index = len(self.tensors)
+        self.tensors.append(
+            schema.TensorT(
+                shape=[int(size) for size in shape],
+                type=getattr(schema.TensorType, TYPES[dtype]),
+                buffer=buffer,
+                name=f"{self.name}/{name or index}",
+                quantization=quantization,
+                hasRank=True,
+            )
+        )
+        return Tensor(index, tuple(int(size) for size in shape), dtype)
+
+    def constant(self, array: Array) -> Tensor:
+        """A constant tensor, one for equal numbers of equal shape."""
+        key = "constant", str(array.dtype), array.shape, array.tobytes()
+        if key not in self.shared:
+            self.shared[key] = self.tensor(array.shape, str(array.dtype), buffer=self.file.constant(array))
+        return self.shared[key]
+
+    def emit(
+        self,
+        op: str,
+        inputs: Sequence[Tensor | None],
+        shape: Sequence[int],
+        options: str = "",
+        *,
+        dtype: str = "float32",
+        version: int = 1,
+        **settings: Any,
+    ) -> Tensor:
+        """Append an operator with one output. `options` names the schema's table of options, without its T."""
+        return self.emit_many(op, inputs, [shape], options, dtype=dtype, version=version, **settings)[0]
+
+    def emit_many(
+        self,
+        op: str,
+        inputs: Sequence[Tensor | None],
+        shapes: Sequence[Sequence[int]],
+        options: str = "",
+        *,
+        dtype: str = "float32",
+        version: int = 1,
+        **settings: Any,
+    ) -> list[Tensor]:
+        """Append an operator with one output of each shape."""
+        schema = self.file.schema
+        outputs = [self.tensor(shape, dtype) for shape in shapes]
+        self.operators.append(
+            schema.OperatorT(
+                opcodeIndex=self.file.code(op, version),
+                inputs=[-1 if tensor is None else tensor.index for tensor in inputs],
+                outputs=[tensor.index for tensor in outputs],
+                builtinOptionsType=getattr(schema.BuiltinOptions, options) if options else 0,
+                builtinOptions=getattr(schema, f"{options}T")(**settings) if options else None,
+            )
+        )
+        return outputs
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], fmt: Format, order: tuple[int, ...] = (), seen: tuple[int, ...] = ()
+    ) -> Tensor:
+        """A weight of the file as a tensor of this graph, with its quantisation; its axes in this order, and of the
+        shape `seen` where that is not the one they have then."""
+        key = "weight", name
+        if key not in self.shared:
+            schema, held = self.file.schema, self.file.weight(name, shape, fmt, order)
+            assert held.order == order, "one kernel has one use"
+            shape = seen or shape
+            quantization: Any = held.per_row
+            if held.scales:
+                scales = self.tensor(
+                    (*shape[:-1], shape[-1] // fmt.block), "float16", f"{name}.scales", buffer=held.scales
+                )
+                quantization = schema.QuantizationParametersT(
+                    detailsType=schema.QuantizationDetails.BlockwiseQuantization,
+                    details=schema.BlockwiseQuantizationT(scales=scales.index, zeroPoints=-1, blockSize=fmt.block),
+                )
+            dtype = f"int{fmt.bits}" if fmt.integer else f"float{fmt.bits}"
+            self.shared[key] = self.tensor(shape, dtype, name, held.rows, quantization)
+        return self.shared[key]
