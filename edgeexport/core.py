@@ -223,12 +223,14 @@ class CanonicalModel:
 @dataclass(frozen=True)
 class Format:
     """How one tensor is stored. `block` counts elements along the last axis that share a scale; 0 means one
-    scale per row (output channel). Integer formats are symmetric with float16 scales."""
+    scale per row (output channel). Integer formats are symmetric with float16 scales, which are above zero in a
+    `positive` one, whose runtime refuses others."""
 
     name: str
     bits: int
     integer: bool
     block: int = 0
+    positive: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales."""

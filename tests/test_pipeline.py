@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,8 @@ from edgeexport.errors import EdgeExportError
 from edgeexport.pipeline import BuildResult, export, parity
 from edgeexport.quant import SCHEMES
 
-CONTEXT = 64
+CONTEXT = 96
+"""Room for two pictures, a question in bytes and an answer."""
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,25 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def small_target(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """host-ort for screens of 56 x 84 pixels, upright and lying."""
+    text = (ROOT / "targets" / "host-ort.toml").read_text()
+    for key, value in (("screens", [[56, 84], [84, 56]]), ("max_pixels", 56 * 84)):
+        text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
+        assert found == 1
+    path = tmp_path_factory.mktemp("targets") / "small.toml"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
 def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> BuildResult:
     """The tiny Llama in float32, built once for the tests that only look at it."""
     return build(str(checkpoints["llama"]), "host-ort", tmp_path_factory.mktemp("built"), quant="fp32", context=CONTEXT)
+
+
+ROOT = Path(__file__).parent.parent
+ALL_MODALITIES = {"picture", "sound", "picture and sound"}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -55,13 +73,17 @@ def code_of(run: Any) -> tuple[str, int]:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_and_scheme_walks_to_a_bundle(
-    family: str, scheme: str, checkpoints: dict[str, Path], tmp_path: Path
+    family: str, scheme: str, checkpoints: dict[str, Path], small_target: str, tmp_path: Path
 ) -> None:
-    result = build(str(checkpoints[family]), "host-ort", tmp_path, quant=scheme, context=CONTEXT)
+    result = build(str(checkpoints[family]), small_target, tmp_path, quant=scheme, context=CONTEXT)
     assert {row.level for row in result.results} == set(LEVELS)
     assert not [row for row in result.results if row.verdict in (Verdict.FAIL, Verdict.NOT_RUN)]
-    assert verify(result.bundle).ok
+    assert verify(result.bundle).golden is Verdict.PASS
     bundle = open_bundle(result.bundle)
+    for component in bundle.manifest.components:
+        assert {row.level for row in result.results if row.component == component.name} >= set(LEVELS)
+    modalities = {"glm4v": {"picture"}, "glm46v": {"picture"}, "autoglm_phone": ALL_MODALITIES}.get(family, set())
+    assert {case.name for case in bundle.manifest.golden.shown} == modalities
     tokens = np.arange(3, 20)
     with bundle.session() as session:
         logits = session.prefill(tokens).copy()
@@ -149,7 +171,7 @@ def test_a_killed_build_leaves_no_half_bundle_and_the_next_one_succeeds(
     """kill -9 while the step works: a switch in the child's sitecustomize stops it there, for good."""
     stops = {
         "trace": "import edgeexport.canonical.trace as m; m.stamp = hold",
-        "compile": "import edgeexport.backends.storage as m; m._write_rows = hold",
+        "compile": "import edgeexport.backends.storage as m; m._write_block = hold",
         "bundle": "import edgeexport.bundle.writer as m; m.BundleWriter.commit = hold",
     }
     ready = tmp_path / "ready"
@@ -232,9 +254,9 @@ def test_what_is_broken_on_purpose_fails_and_leaves_no_bundle(
         original = steps.compile
 
         def compile_and_damage(*arguments: Any) -> Any:
-            folder, artifact = original(*arguments)
-            damage(folder, "model.layers.1.mlp.down_proj.weight")
-            return folder, artifact
+            parts = original(*arguments)
+            damage(parts[-1].folder, "model.layers.1.mlp.down_proj.weight")
+            return parts
 
         monkeypatch.setattr(steps, "compile", compile_and_damage)
     elif broken in ("wrong scale", "wrong norm"):
@@ -257,8 +279,8 @@ def test_what_is_broken_on_purpose_fails_and_leaves_no_bundle(
 
         tables = stages.rope_tables
 
-        def other_theta(config: Any, context: int) -> Any:
-            return {name: table[::-1].copy() for name, table in tables(config, context).items()}
+        def other_theta(text: Any, context: int) -> Any:
+            return {name: table[::-1].copy() for name, table in tables(text, context).items()}
 
         monkeypatch.setattr(stages, "rope_tables", other_theta)
     with pytest.raises(EdgeExportError) as caught:
@@ -379,4 +401,4 @@ def test_export_gives_an_onnx_that_onnxruntime_runs(
 def test_dump_writes_the_graph_of_each_step(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     build(str(checkpoints["llama"]), "host-ort", tmp_path / "out", context=CONTEXT, parity="L1", dump=tmp_path / "dump")
     names = {path.name for path in (tmp_path / "dump").iterdir()}
-    assert {"decoder.canonical.onnx", "decoder.lowered.onnx", "plan.json"} <= names
+    assert {"decoder.canonical.onnx", "decoder.lowered.onnx", "decoder.plan.json"} <= names

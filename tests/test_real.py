@@ -17,7 +17,7 @@ from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.core import Array
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins
-from edgeexport.parity.prompts import TEXTS
+from edgeexport.parity.examples import TEXTS
 
 pytestmark = pytest.mark.real
 
@@ -66,7 +66,7 @@ def judge(bundles: dict[str, Path]) -> Any:
 
     from edgeexport.backends.storage import read_rows
     from edgeexport.families.stages import transformers_config
-    from edgeexport.steps import stored_weights
+    from edgeexport.shipping import stored_weights
 
     checkpoint = open_checkpoint(MODEL)
     model = AutoModelForCausalLM.from_config(transformers_config(checkpoint.config), dtype=torch.float32).eval()

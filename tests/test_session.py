@@ -27,7 +27,7 @@ class NumpyRunner:
         self.steps: list[int] = []
         self.closed = 0
 
-    def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+    def step(self, tokens: NDArray[np.int64], position: int, rope: object = None) -> NDArray[np.float32]:
         assert tokens.dtype == np.int64 and tokens.flags.c_contiguous
         self.steps.append(len(tokens))
         self.cache[position : position + len(tokens)] = tokens
@@ -183,7 +183,7 @@ class FixedRunner(NumpyRunner):
         super().__init__(vocab=len(logits))
         self.fixed = np.array(logits, np.float32)
 
-    def step(self, tokens: NDArray[np.int64], position: int) -> NDArray[np.float32]:
+    def step(self, tokens: NDArray[np.int64], position: int, rope: object = None) -> NDArray[np.float32]:
         return self.fixed
 
 

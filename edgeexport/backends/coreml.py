@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeexport import errors
+from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_ops import OPS
 from edgeexport.core import (
     Artifact,
@@ -30,6 +31,12 @@ DECODE, PREFILL = "decode", "prefill"
 """Functions of a component whose number of tokens is symbolic."""
 STEP = "step"
 """Name of the signature of a component that has no variants, and of its function."""
+LAST = "last"
+"""The input of a function of several tokens that says which is the last valid one: prompts are padded to its size."""
+FLOAT = "float16"
+"""What is computed in. Inputs and outputs of the model are float32."""
+HOST_TYPES = {"float32": "float32", "int64": "int32"}
+"""Element type of the model's inputs and outputs to that of the program's: Core ML takes no int64."""
 __all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions"]
 
 
@@ -94,7 +101,8 @@ def compile(
     signatures = []
     for model in models:
         for function, tokens in _functions(model, options, target.context):
-            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, function, tokens).run())
+            named = function_name(function)
+            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, named, tokens).run())
             signatures.append(_signature(model, function, tokens, f"{name}/{coreml_package.MANIFEST}"))
     program = coreml_lowering.program(functions)
     if found := coreml_lints.unsafe(program):
@@ -115,8 +123,13 @@ def compile(
     )
 
 
+def function_name(signature: str) -> str:
+    """The function of a signature: a variant's name may begin with a digit, which a function's may not."""
+    return identifier(signature or STEP)
+
+
 def _functions(model: CanonicalModel, options: Options, context: int) -> list[tuple[str, int]]:
-    """(name, number of tokens) of the functions of one variant."""
+    """(signature, number of tokens) of the functions of one variant."""
     symbolic = [size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)]
     if not symbolic:
         return [(model.variant or STEP, 0)]
@@ -126,8 +139,6 @@ def _functions(model: CanonicalModel, options: Options, context: int) -> list[tu
 
 def _signature(model: CanonicalModel, function: str, tokens: int, file: str) -> Signature:
     """A function as the package has it: whole numbers are int32, states float16, other numbers float32."""
-    from edgeexport.backends.coreml_lowering import FLOAT, HOST_TYPES, LAST
-
     states = {name for pair in model.state for name in pair}
 
     def spec(each: TensorSpec) -> TensorSpec:

@@ -8,7 +8,6 @@ computed here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,19 +16,15 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeexport.backends import coreml_mil as mil
+from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST
+from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, record_of
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import constant, stored
 from edgeexport.core import Array, CanonicalModel, Dim, QuantPlan, TensorSpec
 
-FLOAT = "float16"
-"""What is computed in. Inputs and outputs of the model are float32."""
 SMALL_BYTES = 256
 """Constants up to here are written into the program, larger ones into the weight file."""
-HOST_TYPES = {"float32": "float32", "int64": "int32"}
-"""Element type of the model's inputs and outputs to that of the program's: Core ML takes no int64."""
-LAST = "last"
-"""The input of a function of several tokens that says which is the last valid one: prompts are padded to its size."""
 
 
 @dataclass(frozen=True)
@@ -287,12 +282,6 @@ class Lowering:
 def _describe(array: Any, value: Value) -> None:
     array.shape.extend(value.shape)
     array.dataType = mil.protobuf().features.ArrayFeatureType.ArrayDataType.Value(value.dtype.upper())
-
-
-def identifier(name: str) -> str:
-    """A name as MIL allows it: letters, digits and _, no digit first."""
-    made = re.sub(r"\W", "_", name, flags=re.ASCII)
-    return f"_{made}" if made[:1].isdigit() else made
 
 
 def program(functions: Sequence[tuple[Any, Any]]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -130,6 +131,12 @@ def protobuf() -> Protobuf:
     sys.modules[name] = module
     spec.loader.exec_module(module)
     return Protobuf(*(importlib.import_module(f"{name}.{each}_pb2") for each in ("Model", "MIL", "FeatureTypes")))
+
+
+def identifier(name: str) -> str:
+    """A name as MIL allows it: letters, digits and _, no digit first."""
+    made = re.sub(r"\W", "_", name, flags=re.ASCII)
+    return f"_{made}" if made[:1].isdigit() else made
 
 
 # reading

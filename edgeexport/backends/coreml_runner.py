@@ -15,20 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.backends.coreml import DECODE, PREFILL, STEP
+from edgeexport.backends.coreml import DECODE, LAST, PREFILL, STEP, function_name
 from edgeexport.backends.coreml_interpreter import Function, Interpreter
+from edgeexport.backends.coreml_mil import Type, identifier
 from edgeexport.backends.coreml_package import package_of
 from edgeexport.core import Array, Dim, TensorSpec
 
 RUNTIME = "interpreted on this computer, not Apple's runtime"
-LAST = "last"
 WIDER = {"int32": "int64", "float16": "float32"}
 """What the runner takes and gives for the package's own types, so that a session sees those of the canonical graph."""
-
-
-def identifier(name: str) -> str:
-    """The package's name of a value: MIL has no dots in names."""
-    return name.replace(".", "_")
 
 
 class InterpretedDecoder:
@@ -83,31 +78,35 @@ class InterpretedDecoder:
 
 
 class InterpretedGraph:
-    """One component without state, or one variant of it."""
+    """One component without state, or one variant of it.
+
+    Where the number of tokens is symbolic they are taken in pieces: without a state, a token's result is its own.
+    """
 
     def __init__(self, package: Path, variant: str, *, exact: bool) -> None:
         self._interpreter = Interpreter(package, exact=exact)
-        self._variant = variant
-        self._tokens = PREFILL in self._interpreter.package.functions
-        self._function = self._interpreter.function(PREFILL if self._tokens else variant or STEP)
+        self._one, self._several = _functions(self._interpreter, variant)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs and outputs by name."""
-        if not self._tokens:
-            return self._interpreter.run(inputs, name=self._function.name)
-        pieces = []
-        (axis, size) = _token_axis(self._function, self._interpreter.function(DECODE))
-        count = next(iter(inputs.values())).shape[axis]
+        if self._one is self._several:
+            return self._interpreter.run(inputs, name=self._one.name)
+        cut, joined = (
+            _token_axes(one, several)
+            for one, several in ((self._one.inputs, self._several.inputs), (self._one.outputs, self._several.outputs))
+        )
+        first = next(iter(cut))
+        count, size = inputs[first].shape[cut[first]], _sizes(self._several.inputs[first])[cut[first]]
+        pieces: dict[str, list[Array]] = {name: [] for name in joined}
         for start in range(0, count, size):
-            part = {
-                name: _padded(each.take(range(start, min(count, start + size)), axis), axis, size)
-                for name, each in inputs.items()
-            }
-            pieces.append(self._interpreter.run(part, name=PREFILL))
-        return {
-            name: np.concatenate([piece[name] for piece in pieces], axis=axis).take(range(count), axis)
-            for name in pieces[0]
-        }
+            stop = min(count, start + size)
+            part = dict(inputs)
+            for name, axis in cut.items():
+                part[name] = _padded(inputs[name].take(range(start, stop), axis), axis, size)
+            found = self._interpreter.run(part, name=self._several.name)
+            for name, axis in joined.items():
+                pieces[name].append(found[name].take(range(stop - start), axis))
+        return {name: np.concatenate(pieces[name], axis) for name, axis in joined.items()}
 
     def close(self) -> None:
         """Let the weights go."""
@@ -137,11 +136,8 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
     A state is the input and the output that it replaces. Where there is a function for one token and one for several,
     their number is symbolic. Raises: BundleError `mlpackage-damaged`, `bundle-no-variant`.
     """
-    interpreter = Interpreter(package_of(folder / _file(component, variant or DECODE)))
-    functions = interpreter.package.functions
-    several = PREFILL in functions
-    main = interpreter.function(DECODE if DECODE in functions else variant or STEP)
-    larger = interpreter.function(PREFILL) if several else main
+    interpreter = Interpreter(package_of(folder / _file(component, variant)))
+    main, larger = _functions(interpreter, variant)
     names = {
         identifier(spec.name): spec.name for each in component.signatures for spec in (*each.inputs, *each.outputs)
     }
@@ -175,16 +171,25 @@ def _named(component: Any) -> str:
     return str(getattr(component, "name", "") or component.component)
 
 
-def _sizes(kind: Any) -> tuple[int, ...]:
-    sizes: tuple[int, ...] = kind.sizes
-    return sizes
+def _sizes(kind: Type) -> tuple[int, ...]:
+    return kind.sizes
 
 
-def _token_axis(several: Function, one: Function) -> tuple[int, int]:
-    """(axis of the tokens in a component's first input, how many the function of several takes)."""
-    name, kind = next(iter(several.inputs.items()))
-    pairs = zip(_sizes(kind), _sizes(one.inputs[name]), strict=True)
-    return next((axis, size) for axis, (size, single) in enumerate(pairs) if size != single)
+def _functions(interpreter: Interpreter, variant: str) -> tuple[Function, Function]:
+    """The functions of one and of several tokens; the same one twice where shapes are fixed."""
+    names = interpreter.package.functions
+    one = interpreter.function(DECODE if DECODE in names else function_name(variant))
+    return one, interpreter.function(PREFILL) if PREFILL in names else one
+
+
+def _token_axes(one: Mapping[str, Type], several: Mapping[str, Type]) -> dict[str, int]:
+    """The axis of the tokens, of those values that have one."""
+    found = {}
+    for name, kind in several.items():
+        for axis, (size, single) in enumerate(zip(_sizes(kind), _sizes(one[name]), strict=True)):
+            if size != single:
+                found[name] = axis
+    return found
 
 
 def _padded(array: Array, axis: int, size: int) -> Array:

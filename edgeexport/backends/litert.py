@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.backends.litert_names import DECODE, EMBEDDINGS, LOGITS, POSITIONS, ROPE, TOKENS, cache_name, prefill
+from edgeexport.backends.litert_names import DECODE, PREFILL, STEP, given_name
 from edgeexport.backends.litert_ops import OPS
 from edgeexport.core import (
     Artifact,
@@ -64,13 +64,13 @@ OPTIONS = Options
 
 
 def versions() -> dict[str, str]:
-    """Versions of the tools that shape the artifact's bytes. Raises: ToolError `tool-missing`."""
+    """Versions of the tools that shape the artifact's bytes. Raises: ToolError `missing-package`."""
     found = {}
     for name in ("ai-edge-litert", "flatbuffers", "onnx", "onnx-ir"):
         try:
             found[name] = version(name)
         except PackageNotFoundError as problem:
-            raise errors.tool_missing(name, "edgeexport[tflite]") from problem
+            raise errors.missing_package(name, "tflite") from problem
     return found
 
 
@@ -86,3 +86,78 @@ def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Findin
         elif row.limit is not None and (reason := row.limit(node)) is not None:
             findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
     return findings
+
+
+def compile(
+    models: Sequence[CanonicalModel],
+    target: Target,
+    plan: QuantPlan,
+    source: WeightSource,
+    work: Path,
+    progress: Progress = no_progress,
+) -> Artifact:
+    """Write `<component>.tflite` into `work`: a signature for each variant, or, over tokens, for one token and for each
+    length of a prompt's pieces.
+
+    Raises: UsageError `output-not-writable`; LoweringError `op-not-lowered`; CheckpointError for weights that cannot be
+    stored.
+    """
+    from edgeexport.backends.litert_file import ModelFile
+
+    tools = versions()
+    component = models[0].component
+    file = ModelFile(f"{component}.tflite")
+    signatures = [
+        _sign(file, model, plan, name, length)
+        for model in models
+        for name, length in _signatures(model, Options(**target.options))
+    ]
+    weights = file.write(work, source, progress)
+    state = dict(models[0].state)
+    return Artifact(
+        component=component,
+        backend=NAME,
+        files=(file.name,),
+        signatures=tuple(signatures),
+        state=tuple((given_name(past, state), given_name(present, state)) for past, present in models[0].state),
+        weights=weights,
+        tools=tools,
+    )
+
+
+def _signatures(model: CanonicalModel, options: Options) -> list[tuple[str, int]]:
+    """Name and number of tokens of each signature of a graph; 0 tokens where its shapes are fixed."""
+    dims = {size.name: size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)}
+    if not dims:
+        return [(model.variant or STEP, 0)]
+    (tokens,) = dims.values()
+    pieces = dict.fromkeys(min(size, tokens.max) for size in options.pieces)
+    return [(DECODE, 1), *((f"{PREFILL}{size}", size) for size in pieces if size > 1)]
+
+
+def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, length: int) -> Signature:
+    """Lower one graph for so many tokens."""
+    from edgeexport.backends.litert_lowering import Lowering
+
+    lowering = Lowering(model, plan, OPS, file, name)
+    state = dict(model.state)
+    inputs: dict[str, Tensor] = {}
+    for spec in model.inputs:
+        sizes = [length if isinstance(size, Dim) else size for size in spec.shape]
+        given = given_name(spec.name, state)
+        dtype = {"int64": "int32"}.get(spec.dtype, spec.dtype)
+        if given == "input_pos":
+            inputs[given] = lowering.graph.tensor((length,), dtype, given)
+            lowering.bind(spec.name, lowering.slice(inputs[given], 0, 0, 1))
+        else:
+            inputs[given] = lowering.graph.tensor(sizes, dtype, given)
+            lowering.bind(spec.name, inputs[given])
+    made = lowering.run()
+    left_out = {"logits"} if state and name != DECODE else set()
+    outputs = {given_name(key, state): tensor for key, tensor in made.items() if key not in left_out}
+    file.sign(lowering.graph, inputs, outputs)
+    return Signature(name, _specs(inputs), _specs(outputs), file.name)
+
+
+def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    return tuple(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())

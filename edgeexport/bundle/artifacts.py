@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeexport.backends import load_runner
+from edgeexport import backends
 from edgeexport.core import Array
 from edgeexport.session.runner import DecoderRunner, GraphRunner
 
@@ -21,7 +21,7 @@ class OpenArtifacts:
         self._find, self._threads, self._exact = find, threads, exact
         self._graphs: dict[tuple[str, str], GraphRunner] = {}
         folder, component = find("decoder")
-        runner = load_runner(component.backend)
+        runner = backends.load_runner(component.backend)
         self.decoder: DecoderRunner = runner.open_decoder(folder, component, threads=threads, exact=exact)
 
     def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
@@ -29,7 +29,7 @@ class OpenArtifacts:
         graph = self._graphs.get((component, variant))
         if graph is None:
             folder, found = self._find(component)
-            runner = load_runner(found.backend)
+            runner = backends.load_runner(found.backend)
             graph = runner.open_graph(folder, found, variant, threads=self._threads, exact=self._exact)
             self._graphs[component, variant] = graph
         return graph.run(inputs)

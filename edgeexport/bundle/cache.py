@@ -52,7 +52,7 @@ class Cache:
             raise errors.output_not_writable(self._root, str(problem)) from problem
         try:
             fill(partial)
-            digests = {path.name: sha256_of(path) for path in sorted(partial.iterdir())}
+            digests = {path.relative_to(partial).as_posix(): sha256_of(path) for path in _files(partial)}
             (partial / DIGESTS).write_text(json.dumps(digests))
             try:
                 partial.rename(place)
@@ -71,7 +71,7 @@ class Cache:
         entries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
         for entry in entries:
-            total += sum(path.stat().st_size for path in entry.iterdir())
+            total += sum(path.stat().st_size for path in _files(entry))
             if total > limit:
                 shutil.rmtree(entry, ignore_errors=True)
 
@@ -88,3 +88,8 @@ class Cache:
             pid = path.name.rpartition(".")[2]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _files(entry: Path) -> list[Path]:
+    """All files of an entry; an ML package is a folder of some."""
+    return sorted(path for path in entry.rglob("*") if path.is_file())

@@ -28,7 +28,7 @@ def describe(bundle: Bundle) -> dict[str, Any]:
         "stop_ids": list(bundle.stop_ids),
         "special_tokens": dict(manifest.text.special_tokens) if manifest.text is not None else {},
         "parity": {level: str(verdict) for level, verdict in sorted(manifest.parity.items())},
-        "golden": msgspec.to_builtins(manifest.golden),
+        "golden": msgspec.json.decode(msgspec.json.encode(manifest.golden)),
         "tools": dict(sorted(manifest.tools.items())),
     }
 

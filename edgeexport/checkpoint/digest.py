@@ -44,9 +44,10 @@ def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> 
 
         return file_sha256(path, count)
 
+    # From the last to the first: what the system then still holds of files larger than its memory is what is read next.
     with ThreadPoolExecutor(THREADS) as pool:
         try:
-            digests = list(pool.map(digest_of, checkpoint.files))
+            digests = list(pool.map(digest_of, reversed(checkpoint.files)))[::-1]
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -71,6 +71,8 @@ class Part:
     plan: QuantPlan
     read_signature: Callable[[str], Mapping[str, TensorSpec]]
     """Opens a variant's artifact in its runtime without making it ready to run: inputs and outputs by name."""
+    half: bool = False
+    """Whether the artifact computes in float16."""
 
 
 @dataclass(frozen=True)

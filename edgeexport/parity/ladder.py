@@ -147,7 +147,7 @@ def _weights(evidence: Evidence, state: Climb) -> None:
 def _lowering(evidence: Evidence, state: Climb) -> None:
     """L4: the artifacts against the canonical graphs over the very weights that the artifacts store."""
     subject, shipped = evidence.subject, evidence.shipped
-    rounds = any(_kind(part) != "float" for part in subject.parts.values())  # integer kernels round activations too
+    rounds = any(_kind(part) != "float" for part in subject.parts.values())  # to float16, or to int8 by integer kernels
     exact = evidence.run_artifacts(exact=True) if rounds else shipped
     with evidence.watch("Running the dequantised graph") as progress:
         graph = evidence.run_graph(evidence.sequences, subject.stored_rows, progress)
@@ -298,14 +298,14 @@ def _drift(oracle: Mapping[str, Array], graph: Mapping[str, Array]) -> list[dict
 
 
 def _kind(part: Part) -> str:
-    """The scheme's kind, by the smallest integers that the component multiplies by."""
+    """The scheme's kind, by the smallest integers that the component multiplies by, else by what it computes in."""
     multiplied = ("linear", "encoder")
     bits = [
         fmt.bits for name, fmt in part.plan.formats.items() if part.plan.classes[name] in multiplied and fmt.integer
     ]
     if not bits:
         bits = [fmt.bits for fmt in part.plan.formats.values() if fmt.integer]
-    return gates.kind(min(bits, default=32))
+    return gates.kind(min(bits, default=16 if part.half else 32))
 
 
 def _row(

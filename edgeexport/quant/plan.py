@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from edgeexport.core import Format, QuantPlan, TensorClass
 from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, Scheme, find
@@ -24,12 +25,21 @@ def resolve(fmt: Format, width: int) -> Format:
     return FORMATS[f"int{fmt.bits}-b{max(fitting)}"] if fitting else FP16
 
 
-def plan(shapes: Mapping[str, tuple[int, ...]], classes: Mapping[str, TensorClass], scheme: str | Scheme) -> QuantPlan:
-    """The plan for tensors of these shapes and classes (same keys). Raises `unknown-scheme`."""
+def plan(
+    shapes: Mapping[str, tuple[int, ...]],
+    classes: Mapping[str, TensorClass],
+    scheme: str | Scheme,
+    *,
+    positive: bool = False,
+) -> QuantPlan:
+    """The plan for tensors of these shapes and classes (same keys), with `positive` scales where the runtime wants
+    them. Raises `unknown-scheme`."""
     preset = find(scheme) if isinstance(scheme, str) else scheme
     formats = {
         name: resolve(preset.formats[classes[name]], shape[-1] if shape else 1) for name, shape in shapes.items()
     }
+    if positive:
+        formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in formats.items()}
     return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats)
 
 

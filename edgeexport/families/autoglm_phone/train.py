@@ -62,7 +62,6 @@ def main(
 ) -> None:
     """Train the adaptor and measure it on what it has not seen."""
     torch.set_num_threads(THREADS)
-    torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     console, start = Console(), time.monotonic()
     log = _logger(out / "train.log", start, console, fresh=not resume)
@@ -70,6 +69,7 @@ def main(
     test = _with_features(held_out_split(), console)
     train = _with_features(split(False, scenes_each=SCENES_EACH, voices_each=VOICES_EACH), console)
     log(f"to learn from: {_counts(train[0])}; held out: {_counts(test[0])}")
+    torch.manual_seed(seed)
     learner = make_learner()
     for number, stage in enumerate(STAGES):
         _learn(learner, stage, round(stage.share * steps), seed + number, train, out, console, log, resume=resume)

@@ -1,0 +1,94 @@
+"""A .tflite file that multiplies the same weights by float32 activations: what tells a mistake from the rounding of
+activations that the fast kernels do.
+
+Every integer weight of a FULLY_CONNECTED is looked up as float32 rows first, all of them, at each run.
+"""
+
+from __future__ import annotations
+
+import mmap
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ALIGNMENT = 64
+LOOKUP = "EMBEDDING_LOOKUP", 4
+FLOAT_LINEAR = "FULLY_CONNECTED", 5
+
+
+def write_exact(path: Path, out: Path) -> None:
+    """Write the file `out`: the graphs of `path` with their multiplications in float32, and its weights as they are."""
+    import flatbuffers
+    from ai_edge_litert import schema_py_generated as schema
+
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        model = schema.ModelT.InitFromPackedBuf(held)
+        start = min((buffer.offset for buffer in model.buffers if buffer.offset), default=len(held))
+        _widen(model, schema)
+
+        def pack() -> bytes:
+            builder = flatbuffers.Builder(1 << 16)
+            builder.Finish(model.Pack(builder), b"TFL3")
+            return bytes(builder.Output())
+
+        moved = -(-(len(pack()) - start) // ALIGNMENT) * ALIGNMENT
+        for buffer in model.buffers:
+            if buffer.offset:
+                buffer.offset += moved
+        head = pack()
+        with out.open("wb") as copy:
+            copy.write(head.ljust(start + moved, b"\0"))
+            file.seek(start)
+            shutil.copyfileobj(file, copy, 1 << 24)
+        del model
+
+
+def _widen(model: Any, schema: Any) -> None:
+    """Put a lookup of all rows in front of every multiplication by integers."""
+    integers = (schema.TensorType.INT8, schema.TensorType.INT4)
+    rows: dict[int, int] = {}
+    for graph in model.subgraphs:
+        operators = []
+        for operator in graph.operators:
+            code = model.operatorCodes[operator.opcodeIndex].builtinCode
+            weight = graph.tensors[operator.inputs[1]] if code == schema.BuiltinOperator.FULLY_CONNECTED else None
+            if weight is not None and weight.type in integers:
+                count = int(weight.shape[0])
+                if count not in rows:
+                    rows[count] = len(model.buffers)
+                    model.buffers.append(schema.BufferT(data=np.arange(count, dtype=np.int32).view(np.uint8)))
+                all_rows = _tensor(graph, schema, [count], schema.TensorType.INT32, rows[count])
+                wide = _tensor(graph, schema, weight.shape, schema.TensorType.FLOAT32, 0)
+                operators.append(
+                    schema.OperatorT(
+                        opcodeIndex=_code(model, schema, *LOOKUP), inputs=[all_rows, operator.inputs[1]], outputs=[wide]
+                    )
+                )
+                operator.opcodeIndex = _code(model, schema, *FLOAT_LINEAR)
+                operator.inputs = [operator.inputs[0], wide, *operator.inputs[2:]]
+            operators.append(operator)
+        graph.operators = operators
+
+
+def _tensor(graph: Any, schema: Any, shape: Any, kind: int, buffer: int) -> int:
+    """Index of a new tensor."""
+    name = f"{_text(graph.name)}/exact.{len(graph.tensors)}"
+    sizes = [int(size) for size in shape]
+    graph.tensors.append(schema.TensorT(shape=sizes, type=kind, buffer=buffer, name=name, hasRank=True))
+    return len(graph.tensors) - 1
+
+
+def _code(model: Any, schema: Any, op: str, version: int) -> int:
+    """Index of an operator's code, entered where it is new."""
+    wanted = getattr(schema.BuiltinOperator, op)
+    for index, code in enumerate(model.operatorCodes):
+        if code.builtinCode == wanted and code.version == version:
+            return index
+    model.operatorCodes.append(schema.OperatorCodeT(deprecatedBuiltinCode=wanted, builtinCode=wanted, version=version))
+    return len(model.operatorCodes) - 1
+
+
+def _text(name: Any) -> str:
+    return name.decode() if isinstance(name, bytes) else str(name)

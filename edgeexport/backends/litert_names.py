@@ -1,0 +1,69 @@
+"""Names of a .tflite file's signatures, inputs and outputs, which are LiteRT-LM's, and the canonical ones behind them.
+
+Source: LiteRT-LM 0.18, runtime/components/model_resources and the converters that write for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgeexport.core import Dim, TensorSpec
+
+DECODE = "decode"
+"""One token, with its logits."""
+PREFILL = "prefill_"
+"""A piece of a prompt, its length behind the name: writes the cache, and gives no logits."""
+STEP = "step"
+"""Name of the signature of a component that has no variants."""
+
+CANONICAL: Mapping[str, str] = {
+    "tokens": "input_ids",
+    "embeddings": "inputs_embeds",
+    "input_pos": "position",
+}
+"""An input's name to the canonical one. A cache's, `kv_cache_k_0`, stands for `past_key.0` and `present_key.0`."""
+GIVEN = {canonical: name for name, canonical in CANONICAL.items()}
+CACHE = "kv_cache_"
+
+
+def cache_name(canonical: str) -> str:
+    """`kv_cache_k_0` for `past_key.0` and `present_key.0`."""
+    kind, layer = canonical.rsplit(".", 1)
+    return f"{CACHE}{'k' if kind.endswith('key') else 'v'}_{layer}"
+
+
+def given_name(canonical: str, state: Mapping[str, str]) -> str:
+    """The file's name of a canonical input or output; `state` pairs the caches."""
+    if canonical in state or canonical in state.values():
+        return cache_name(canonical)
+    return GIVEN.get(canonical, canonical)
+
+
+def canonical_names(name: str, *, output: bool) -> str:
+    """The inverse, for an input or an output."""
+    if name.startswith(CACHE):
+        kind, layer = name.removeprefix(CACHE).split("_", 1)
+        return f"{'present' if output else 'past'}_{'key' if kind == 'k' else 'value'}.{layer}"
+    return name if output else CANONICAL.get(name, name)
+
+
+def length_of(signature: str) -> int:
+    """Tokens that a signature of a component over tokens takes; 0 for another one."""
+    if signature == DECODE:
+        return 1
+    digits = signature.removeprefix(PREFILL)
+    return int(digits) if signature.startswith(PREFILL) and digits.isdecimal() else 0
+
+
+def canonical_spec(spec: TensorSpec, length: int, *, output: bool) -> TensorSpec:
+    """What an input or output of a signature over `length` tokens stands for: int64 for indices, the number of tokens
+    symbolic, and of the tokens' positions, one each, the first."""
+    name = canonical_names(spec.name, output=output)
+    dtype = "int64" if spec.dtype == "int32" else spec.dtype
+    if name == "position":
+        return TensorSpec(name, dtype, (1,))
+    if not length or name.startswith(("past_", "present_")) or name == "logits":
+        return TensorSpec(name, dtype, spec.shape)
+    axis = next((k for k, size in enumerate(spec.shape) if k and size == length), None)
+    shape = tuple(Dim("T", 0, 0) if k == axis else size for k, size in enumerate(spec.shape))
+    return TensorSpec(name, dtype, shape)
