@@ -14,7 +14,10 @@ from edgeexport import errors
 from edgeexport.backends.optable import OpTable
 from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPlan, Target, WeightSource
 
-BACKENDS: Mapping[str, str] = {"onnxruntime": "edgeexport.backends.onnxruntime"}
+BACKENDS: Mapping[str, str] = {
+    "onnxruntime": "edgeexport.backends.onnxruntime",
+    "litert": "edgeexport.backends.litert",
+}
 """Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import sys
 import tempfile
@@ -50,9 +52,10 @@ class _Model:
         self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        """Let the runtime go."""
+        """Let the runtime go, which says farewell when the last of its objects is gone: no buffer may outlive this."""
         with _quiet():
             self._model.close()
+            del self._model
 
 
 def _specs(details: Mapping[str, Any]) -> list[TensorSpec]:
@@ -100,8 +103,9 @@ class LiteRtDecoder:
         self.vocab = int(shapes["logits"].shape[-1])  # type: ignore[arg-type]
         self.context = int(shapes[state[0][0]].shape[2])  # type: ignore[arg-type]
         self._caches = {past: self._model.buffer(DECODE, past, output=False) for past, _ in state}
-        for past, cache in self._caches.items():
-            cache.write(np.zeros(shapes[past].shape, np.float32))  # type: ignore[arg-type]
+        with _quiet():  # the first write opens another environment of the runtime
+            for past, cache in self._caches.items():
+                cache.write(np.zeros(shapes[past].shape, np.float32))  # type: ignore[arg-type]
         self._calls = {
             length_of(name): _Call(self._model, name, self._caches) for name in self._model.signatures if length_of(name)
         }
@@ -131,9 +135,10 @@ class LiteRtDecoder:
 
     def close(self) -> None:
         """Let the runtime and the cache go."""
-        self._calls.clear()
-        self._caches.clear()
-        self._model.close()
+        with _quiet():
+            self._calls.clear()
+            self._caches.clear()
+            self._model.close()
 
     def _piece(self, left: int, position: int) -> int:
         """Length of the signature for the next of `left` tokens: the longest that they fill or are worth padding for,
@@ -187,8 +192,9 @@ class LiteRtGraph:
 
     def close(self) -> None:
         """Let the runtime go."""
-        self._calls.clear()
-        self._model.close()
+        with _quiet():
+            self._calls.clear()
+            self._model.close()
 
 
 def open_decoder(folder: Path, component: Any, *, threads: int | None = None, exact: bool = False) -> LiteRtDecoder:
@@ -271,6 +277,7 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
     from ai_edge_litert.hardware_accelerator import HardwareAccelerator
     from ai_edge_litert.options import CpuOptions, Options
 
+    _quiet_at_exit()
     mode = CpuKernelMode.DELEGATE if run else CpuKernelMode.BUILTIN
     cpu = CpuOptions(num_threads=threads or len(os.sched_getaffinity(0)), kernel_mode=mode)
     try:
@@ -299,9 +306,19 @@ def _quiet() -> Iterator[None]:
     sys.stderr.flush()
     kept = os.dup(2)
     try:
-        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123 - a device, not a path of ours
-            os.dup2(nowhere.fileno(), 2)
+        _drop_stderr()
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def _drop_stderr() -> None:
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+
+
+@functools.cache
+def _quiet_at_exit() -> None:
+    """The runtime's own environment says farewell when the process ends, after Python has."""
+    atexit.register(_drop_stderr)
