@@ -209,12 +209,36 @@ def verify(
 def inspect(
     context: typer.Context, bundle: BundlePath, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0
 ) -> None:
-    """Show what is in a bundle."""
+    """Show what is in a bundle, or in any .mlpackage."""
     from edgeexport import cli_show
+
+    if bundle.suffix == ".mlpackage":
+        from edgeexport.backends import coreml_inspect
+
+        cli_show.inspect(context.obj, coreml_inspect.describe(bundle))
+        return
     from edgeexport.bundle import open_bundle
     from edgeexport.bundle.inspect import describe
 
     cli_show.inspect(context.obj, describe(open_bundle(bundle)))
+
+
+@app.command()
+def eval(
+    context: typer.Context,
+    package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Any .mlpackage.")],
+    inputs: Annotated[Path, typer.Option("--inputs", help="Arrays by the names of the inputs, as .npz.")],
+    function: Annotated[str, typer.Option(help="One of its functions; its default by default.")] = "",
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs here, as .npz.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Run a function of an .mlpackage once, by the interpreter: no Mac is needed, and no Core ML is proven."""
+    from edgeexport import cli_show
+    from edgeexport.backends import coreml_inspect
+
+    cli_show.inspect(context.obj, coreml_inspect.evaluate(package, inputs, function, out))
 
 
 @app.command()

@@ -265,8 +265,8 @@ class StoredWeight:
     """Where an artifact keeps one weight, so that anyone can read it back: file (relative to the artifact's
     folder), byte offsets of data and scales, format, and the logical [rows, width] shape. `signed` integers lie in
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
-    the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file, where
-    it is not the shape's: a row, along the first axis, stays a row."""
+    the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file,
+    where it is not the shape's: a row, along the first axis, stays a row."""
 
     file: str
     offset: int

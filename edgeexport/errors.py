@@ -934,6 +934,18 @@ def image_tokens_mismatch(places: int, wanted: int) -> UsageError:
     )
 
 
+def too_many_features(count: int, most: int) -> UsageError:
+    return UsageError(
+        _error(
+            "too-many-features",
+            f"the prompt's pictures and sounds make {count} features together",
+            "prompt",
+            f"the artifact was built for {most} at most",
+            f"show fewer, or set features = {count} in [options] of the target's file and build again",
+        )
+    )
+
+
 def action_needs_picture() -> UsageError:
     return UsageError(
         _error(

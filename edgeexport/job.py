@@ -15,6 +15,7 @@ from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
 from edgeexport.core import Checkpoint, Target
 from edgeexport.families import Family
+from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.tokenizer import SpecialTokens, special_tokens
 
@@ -44,6 +45,12 @@ class Job:
         is missing, as in transformers."""
         stand_in = {"eos_token_id": self.checkpoint.config.get("eos_token_id")}
         return special_tokens({"generation_config.json": json.dumps(stand_in).encode(), **self.tokenizer_files})
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """How the model is asked; None where the checkpoint has none."""
+        source = self.tokenizer_files.get("chat_template.jinja")
+        return ChatTemplate(source.decode("utf-8"), self.special_tokens.names) if source is not None else None
 
     @cached_property
     def contract(self) -> Preprocess | None:

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
-from edgeexport import errors, families, targets
+from edgeexport import backends, errors, families, targets
 from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
@@ -87,6 +88,7 @@ def write_bundle(
             writer.add_bytes(f"{artifact.component}.weights.json", pretty(artifact.weights))
         for name, data in sorted(job.tokenizer_files.items()):
             writer.add_bytes(f"tokenizer/{name}", data)
+        _add_package(job, parts, writer)
         if job.contract is not None:
             writer.add_bytes(preprocess.FILE, preprocess.to_json(job.contract))
         golden = _write_golden(job, climb, shown, writer)
@@ -119,6 +121,20 @@ def write_bundle(
                 },
             )
         )
+
+
+def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None:
+    """The single file that a runtime's own engine runs, where the backend writes one and the target asks for it."""
+    write = getattr(backends.load(job.target.backend), "write_package", None)
+    if write is None or job.contract is not None:
+        return
+    folder, artifact = next(part.files for part in parts if part.name == DECODER)
+    with TemporaryDirectory() as temporary:
+        made = write(
+            job.target, artifact, folder, job.tokenizer_files, job.special_tokens.stop_ids, job.context, Path(temporary)
+        )
+        if made is not None:
+            writer.add_file(made.name, made, link=False)
 
 
 def _component(part: Built, cache: manifests.KVLayout) -> manifests.Component:
@@ -168,13 +184,11 @@ def _write_golden(job: Job, climb: Climb, shown: Mapping[str, Shown], writer: Bu
 
 def _write_chat(job: Job, writer: BundleWriter) -> str | None:
     """Conversations with their tokens, for a model that has a chat template; gives the file's name."""
-    from edgeexport.session.chat import ChatTemplate
     from edgeexport.session.tokenizer import Tokenizer
 
-    source = job.tokenizer_files.get("chat_template.jinja")
-    if source is None or b"strftime_now" in source:  # a text with today's date is another one tomorrow
+    template = job.chat_template
+    if template is None or "strftime_now" in template.source:  # a text with today's date is another one tomorrow
         return None
-    template = ChatTemplate(source.decode("utf-8"), dict(job.special_tokens.names))
     tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"], "tokenizer.json")
     pictures = job.contract is not None and job.contract.joining == "splice"
     writer.add_bytes(conformance.CHAT, pretty(conformance.chat_turns(template, tokenizer, pictures=pictures)))

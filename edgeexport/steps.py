@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edgeexport.parity.evidence import Probe
     from edgeexport.parity.examples import Shown
     from edgeexport.parity.ladder import Climb
+    from edgeexport.session.preprocess import Preprocess
 
 DECODER = "decoder"
 PROBE_WORK = 1e12
@@ -219,7 +220,6 @@ def climb(
 
 def _probe(job: Job, parts: Sequence[Built], shown: Mapping[str, Shown], console: Console) -> Probe | None:
     """A small picture for L2, where the built ones would cost more than `PROBE_WORK`; None where they do not."""
-    from edgeexport.parity import examples
     from edgeexport.parity.evidence import Probe
 
     if job.contract is None or not job.contract.grids:
@@ -237,19 +237,21 @@ def _probe(job: Job, parts: Sequence[Built], shown: Mapping[str, Shown], console
     models = tuple(_traced(job, part, cache, console) for part in components if part.variant)
     contract = job.family.preprocess(job.checkpoint, shapes)
     assert contract is not None, "the model has one for other grids"
-    vocab = job.family.geometry(job.checkpoint.config).vocab
-    small = examples.shown(contract, job.tokenizer_files["tokenizer.json"], vocab, job.context)
+    small = _asked(job, contract)
     return Probe(models, {name: case.example for name, case in small.items()}, work)
 
 
 def shown(job: Job) -> dict[str, Shown]:
     """The ladder's prompts with pictures and sound, by name; none for a model of text alone."""
+    return _asked(job, job.contract) if job.contract is not None else {}
+
+
+def _asked(job: Job, contract: Preprocess) -> dict[str, Shown]:
     from edgeexport.parity import examples
 
-    if job.contract is None:
-        return {}
     vocab = job.family.geometry(job.checkpoint.config).vocab
-    return examples.shown(job.contract, job.tokenizer_files["tokenizer.json"], vocab, job.context)
+    text = job.tokenizer_files["tokenizer.json"]
+    return examples.shown(contract, text, job.chat_template, vocab, job.context, job.family.questions)
 
 
 def write_canonical(

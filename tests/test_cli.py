@@ -21,7 +21,7 @@ from edgeexport.console import Console
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.session.session import Session
 
-COMMANDS = ["build", "plan", "export", "parity", "verify", "inspect", "run", "bench", "targets", "ops", "doctor"]
+COMMANDS = ["build", "plan", "export", "parity", "verify", "inspect", "eval", "run", "bench", "targets", "ops", "doctor"]
 PASSED = ParityResult("decoder", "L1", "signatures", {}, {}, Verdict.PASS)
 FAILED = ParityResult("decoder", "L4", "logits", {"max_abs": 1.0}, {"max_abs": 1e-3}, Verdict.FAIL)
 

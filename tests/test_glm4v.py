@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from bundles import rehash
 from factories import with_tokenizer
-from graphs import PROCESSOR, oracle, write_checkpoint
+from graphs import PROCESSOR, oracle, reference_logits, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeexport import build, errors, families, open_bundle, targets
 from edgeexport.bundle.verify import verify
 from edgeexport.checkpoint import open_checkpoint
-from edgeexport.core import Checkpoint, EncoderInput, Verdict
+from edgeexport.core import Array, Checkpoint, EncoderInput, Verdict
 from edgeexport.parity.examples import drawing
 from edgeexport.session.image_file import Image
 from edgeexport.session.inputs import rope_positions
@@ -178,36 +178,41 @@ def codes(call: Callable[[], object], kind: type[errors.EdgeExportError]) -> lis
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_features_equal_those_of_transformers(name: str, works: Works) -> None:
-    import torch
-
+def test_pictures_text_and_a_live_cache_equal_transformers(name: str, works: Works) -> None:
     work = works(name)
-    with torch.no_grad():
-        output = work.model.model.visual(work.pixel_values, grid_thw=work.grids)
-    wanted = output.pooler_output.numpy()
+    wanted = original_features(work)
     assert 0.3 < np.abs(wanted).mean() < 30, "features of a magnitude that 1e-4 says something about"
     with open_bundle(work.bundle).session() as session:
         features = [session.encode_image(each) for each in work.pictures]
-    merge = 2
-    assert [each.grid for each in features] == [(rows // merge, columns // merge) for _, rows, columns in work.grids]
-    assert len({each.grid for each in features}) == 2
-    np.testing.assert_allclose(np.concatenate([each.values for each in features]), wanted, rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_pictures_text_and_a_live_cache_equal_generate(name: str, works: Works) -> None:
-    import torch
-
-    work = works(name)
-    with open_bundle(work.bundle).session() as session:
         tokens = work.prompt(session)
-        logits = [session.prefill(tokens, [session.encode_image(each) for each in work.pictures]).copy()]
+        logits = [session.prefill(tokens, features).copy()]
         for _ in range(STEPS):
             logits.append(session.decode(int(logits[-1].argmax())).copy())
         assert session.position == len(tokens) + STEPS
+    assert [each.grid for each in features] == [(rows // 2, columns // 2) for _, rows, columns in work.grids]
+    assert len({each.grid for each in features}) == 2
+    np.testing.assert_allclose(np.concatenate([each.values for each in features]), wanted, rtol=0, atol=1e-4)
+    answer, expected = generated(work, tokens)
+    assert [int(each.argmax()) for each in logits] == answer
+    np.testing.assert_allclose(np.stack(logits), expected, rtol=0, atol=1e-3)
+
+
+def original_features(work: Work) -> Array:
+    """What transformers' vision tower makes of all pictures: float32 [features, hidden]."""
+    import torch
+
+    with torch.no_grad():
+        features: Array = work.model.model.visual(work.pixel_values, grid_thw=work.grids).pooler_output.numpy()
+    return features
+
+
+def generated(work: Work, tokens: list[int]) -> tuple[list[int], Array]:
+    """transformers' own greedy answer of STEPS + 1 tokens, and the logits that each was chosen from."""
+    import torch
+
     ids = torch.tensor([tokens])
     with torch.no_grad():
-        expected = work.model.generate(
+        made = work.model.generate(
             ids,
             pixel_values=work.pixel_values,
             image_grid_thw=work.grids,
@@ -219,10 +224,9 @@ def test_pictures_text_and_a_live_cache_equal_generate(name: str, works: Works) 
             return_dict_in_generate=True,
             output_logits=True,
         )
-    wanted = torch.cat(expected.logits).numpy()
-    assert len(wanted) == STEPS + 1
-    assert [int(each.argmax()) for each in logits] == expected.sequences[0, len(tokens) :].tolist()
-    np.testing.assert_allclose(np.stack(logits), wanted, rtol=0, atol=1e-3)
+    logits = torch.cat(made.logits).numpy()
+    assert len(logits) == STEPS + 1
+    return made.sequences[0, len(tokens) :].tolist(), logits
 
 
 def test_a_picture_in_front_can_be_kept_and_the_rest_said_again(works: Works) -> None:
@@ -305,8 +309,19 @@ def test_placeholders_and_features_must_agree(works: Works) -> None:
         prepared = [session.inputs.prepare_image(each) for each in work.pictures]
         for places in (0, 1, 3):
             short = [5, *[work.token] * places, 6]
-            refused = codes(lambda t=short: session.inputs.expand(t, prepared), errors.UsageError)  # type: ignore[misc, union-attr]
+            refused = codes(lambda t=short: session.inputs.expand(t, prepared), errors.UsageError)  # type: ignore[misc]
             assert refused == ["image-tokens-mismatch"]
+
+
+def test_an_image_token_in_an_answer_is_a_word(works: Works) -> None:
+    """A model may write any token; transformers then goes on, and so does a session."""
+    work = works("plain")
+    with open_bundle(work.bundle).session() as session:
+        session.prefill([5, 6, 7])
+        session.decode(work.token)
+        logits = session.decode(8)
+        wanted = reference_logits(work.model, np.array([5, 6, 7, work.token, 8]))[-1]
+        np.testing.assert_allclose(logits, wanted, rtol=0, atol=1e-3)
 
 
 def test_a_picture_beyond_the_context_is_refused_and_the_position_stays(works: Works) -> None:

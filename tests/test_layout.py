@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families": BASE | {"session.image_contract", "session.images", "session.preprocess"},
     "families.autoglm_phone": {"checkpoint", "paths", "session.audio", "session.image_file"},
     "families.autoglm_phone.prompts": {"session.chat", "session.tokenizer"},
-    "families.autoglm_phone.train": {"console"},
+    "families.autoglm_phone.train": {"console", "quant"},
     "families.autoglm_phone.samples": {"console"},
     "families.autoglm_phone.evaluate": {"bundle", "console", "session"},
     "canonical": BASE,

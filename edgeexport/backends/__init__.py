@@ -15,8 +15,9 @@ from edgeexport.backends.optable import OpTable
 from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPlan, Target, WeightSource
 
 BACKENDS: Mapping[str, str] = {
-    "onnxruntime": "edgeexport.backends.onnxruntime",
+    "coreml": "edgeexport.backends.coreml",
     "litert": "edgeexport.backends.litert",
+    "onnxruntime": "edgeexport.backends.onnxruntime",
 }
 """Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""
 

@@ -5,7 +5,7 @@ A decoder has two functions, `decode` of one token and `prefill` of several, ove
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,8 @@ DECODE, PREFILL = "decode", "prefill"
 """Functions of a component whose number of tokens is symbolic."""
 STEP = "step"
 """Name of the signature of a component that has no variants, and of its function."""
+TOKENS = "T"
+"""The symbolic dimension of tokens, in the canonical graphs."""
 LAST = "last"
 """The input of a function of several tokens that says which is the last valid one: prompts are padded to its size."""
 FLOAT = "float16"
@@ -47,9 +49,14 @@ class Options:
     prefill: int = 64
     """Tokens that `prefill` takes at a time; a shorter rest of a prompt is padded."""
 
+    features: int = 1024
+    """Features of pictures and sounds, together, that tokens may look at in a component `fusion`; fewer are padded."""
+
     def __post_init__(self) -> None:
         if not 2 <= self.prefill <= 1024:
             raise ValueError(f"prefill is {self.prefill}; 2 to 1024 tokens are possible")
+        if not 1 <= self.features <= 8192:
+            raise ValueError(f"features is {self.features}; 1 to 8192 are possible")
 
 
 OPTIONS = Options
@@ -100,10 +107,10 @@ def compile(
     functions = []
     signatures = []
     for model in models:
-        for function, tokens in _functions(model, options, target.context):
-            named = function_name(function)
-            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, named, tokens).run())
-            signatures.append(_signature(model, function, tokens, f"{name}/{coreml_package.MANIFEST}"))
+        for signature, sizes in _functions(model, options):
+            named = function_name(signature)
+            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, named, sizes).run())
+            signatures.append(_signature(model, signature, sizes, f"{name}/{coreml_package.MANIFEST}"))
     program = coreml_lowering.program(functions)
     if found := coreml_lints.unsafe(program):
         raise errors.LoweringError(*found)
@@ -128,24 +135,45 @@ def function_name(signature: str) -> str:
     return identifier(signature or STEP)
 
 
-def _functions(model: CanonicalModel, options: Options, context: int) -> list[tuple[str, int]]:
-    """(signature, number of tokens) of the functions of one variant."""
-    symbolic = [size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)]
+def _functions(model: CanonicalModel, options: Options) -> list[tuple[str, dict[str, int]]]:
+    """(signature, size of each symbolic dimension) of the functions of one variant."""
+    symbolic = {size.name: size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)}
     if not symbolic:
-        return [(model.variant or STEP, 0)]
-    most = min(size.max for size in symbolic)
-    return [(DECODE, 1), (PREFILL, min(options.prefill, most))] if most > 1 else [(DECODE, 1)]
+        return [(model.variant or STEP, {})]
+    sizes = {name: min(options.features, size.max) for name, size in symbolic.items() if name != TOKENS}
+    piece = min(options.prefill, symbolic[TOKENS].max)
+    found = [(DECODE, {**sizes, TOKENS: 1}), (PREFILL, {**sizes, TOKENS: piece})]
+    return found if piece > 1 else found[:1]
 
 
-def _signature(model: CanonicalModel, function: str, tokens: int, file: str) -> Signature:
+def _signature(model: CanonicalModel, name: str, sizes: Mapping[str, int], file: str) -> Signature:
     """A function as the package has it: whole numbers are int32, states float16, other numbers float32."""
-    states = {name for pair in model.state for name in pair}
+    states = {each for pair in model.state for each in pair}
 
     def spec(each: TensorSpec) -> TensorSpec:
         dtype = FLOAT if each.name in states else HOST_TYPES[each.dtype]
-        return TensorSpec(each.name, dtype, tuple(tokens if isinstance(size, Dim) else size for size in each.shape))
+        return TensorSpec(each.name, dtype, sized(each, sizes))
 
     inputs = [spec(each) for each in model.inputs]
-    if tokens > 1 and states:
-        inputs.append(TensorSpec(LAST, "int32", (1,)))
-    return Signature(function, tuple(inputs), tuple(spec(each) for each in model.outputs), file)
+    inputs += [TensorSpec(each, "int32", (1,)) for each in added_inputs(model, sizes)]
+    return Signature(name, tuple(inputs), tuple(spec(each) for each in model.outputs), file)
+
+
+def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a value in a function with these sizes."""
+    return tuple(sizes[size.name] if isinstance(size, Dim) else size for size in spec.shape)
+
+
+def added_inputs(model: CanonicalModel, sizes: Mapping[str, int]) -> list[str]:
+    """The inputs int32 [1] that a function has beside the model's: which token is the last valid one, and how many
+    valid features there are."""
+    last = [LAST] if sizes.get(TOKENS, 1) > 1 and model.state else []
+    padded = (
+        spec for spec in model.inputs if any(isinstance(size, Dim) and size.name != TOKENS for size in spec.shape)
+    )
+    return last + [count_of(spec.name) for spec in padded]
+
+
+def count_of(name: str) -> str:
+    """The input that says how much of another one is valid."""
+    return f"{name}_count"

@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from edgeexport.backends import coreml_mil as mil
-from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST
+from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST, TOKENS, added_inputs, count_of, sized
 from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, record_of
 from edgeexport.backends.optable import OpTable
@@ -57,18 +57,28 @@ class Weights:
 
 
 class Lowering:
-    """One function of a component. `tokens` is what the model's symbolic size is here, if it has one."""
+    """One function of a component, in which the model's symbolic dimensions have these sizes."""
 
     def __init__(
-        self, model: CanonicalModel, plan: QuantPlan, weights: Weights, table: OpTable, name: str, tokens: int = 0
+        self,
+        model: CanonicalModel,
+        plan: QuantPlan,
+        weights: Weights,
+        table: OpTable,
+        name: str,
+        sizes: Mapping[str, int],
     ) -> None:
         self.model, self.plan, self.table = model, plan, table
-        self.name, self.tokens = name, tokens
+        self.name, self.tokens = name, sizes.get(TOKENS, 0)
         self.memo: dict[tuple[Any, ...], Value] = {}
         """Values that several nodes share: masks, rotary tables."""
         self.values: dict[ir.Value, Value] = {}
         self.states: dict[ir.Value, Value] = {}
         self.last: Value | None = None
+        """Which token of a padded prompt is the last valid one, int32 [1]."""
+        self.counts: dict[int, Value] = {}
+        """By size of a padded dimension: how much of it is valid, int32 [1]."""
+        self._sizes = sizes
         self._weights = weights
         self._operations: list[Any] = []
         self._names: set[str] = set()
@@ -241,16 +251,23 @@ class Lowering:
         pasts = {past for past, _ in self.model.state}
         made = []
         for old, spec in zip(graph.inputs, self.model.inputs, strict=True):
-            shape = self._sizes(spec)
+            shape = sized(spec, self._sizes)
             if spec.name in pasts:
                 self.states[old] = Value(self._unique(spec.name), shape, FLOAT)
                 continue
             value = Value(self._unique(spec.name), shape, HOST_TYPES[spec.dtype])
             made.append(value)
             self.values[old] = self._narrowed(value)
-        if self.tokens > 1 and self.model.state:
-            self.last = Value(self._unique(LAST), (1,), "int32")
-            made.append(self.last)
+        for name in added_inputs(self.model, self._sizes):
+            value = Value(self._unique(name), (1,), "int32")
+            made.append(value)
+            if name == LAST:
+                self.last = value
+        for spec in self.model.inputs:
+            for size in spec.shape:
+                if isinstance(size, Dim) and size.name != TOKENS:
+                    count = identifier(count_of(spec.name))
+                    self.counts[self._sizes[size.name]] = next(value for value in made if value.name == count)
         return made
 
     def _narrowed(self, value: Value) -> Value:
@@ -265,9 +282,6 @@ class Lowering:
         if held.dtype == FLOAT:
             return self.emit("cast", {"x": held, "dtype": "fp32"}, held.shape, "float32", name=name)
         return self.emit("identity", {"x": held}, held.shape, held.dtype, name=name)
-
-    def _sizes(self, spec: TensorSpec) -> tuple[int, ...]:
-        return tuple(self.tokens if isinstance(size, Dim) else size for size in spec.shape)
 
     def _description(self, inputs: Sequence[Value], outputs: Sequence[Value]) -> Any:
         made = mil.protobuf().model.FunctionDescription(name=self.name)

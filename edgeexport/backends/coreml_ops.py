@@ -368,7 +368,7 @@ def _mask(node: ir.Node, ctx: Lowering, count: int, slots: int, group: int) -> V
     if given is not None:
         return _repeated(ctx, ctx.materialised(ctx.value(given)), group)
     if attribute(node, "is_causal", 0) != 1:
-        return None
+        return _valid(ctx, slots) if slots in ctx.counts else None
     filled = ctx.value(node.inputs[6])
     key = ("mask", filled.name, count, slots, group)
     if key not in ctx.memo:
@@ -377,13 +377,26 @@ def _mask(node: ir.Node, ctx: Lowering, count: int, slots: int, group: int) -> V
         own = ctx.emit("add", {"x": ends, "y": rows}, (count, 1), "int32", "own_slot")
         columns = np.arange(slots, dtype=np.int32)[None]
         seen = ctx.emit("less_equal", {"x": columns, "y": own}, (count, slots), "bool", "seen")
-        ones = ctx.emit("cast", {"x": seen, "dtype": "fp16"}, (count, slots), name="seen_fp16")
-        less = ctx.emit("sub", {"x": ones, "y": np.array(1, np.float16)}, (count, slots), name="unseen")
-        mask = ctx.emit("mul", {"x": less, "y": np.array(MASKED, np.float16)}, (count, slots), name="mask")
-        shape = (1, 1, count, slots)
-        mask = ctx.emit("expand_dims", {"x": mask, "axes": _vector([0, 1])}, shape, name="mask")
-        ctx.memo[key] = _repeated(ctx, mask, group)
+        ctx.memo[key] = _repeated(ctx, _additive(ctx, seen), group)
     return ctx.memo[key]
+
+
+def _valid(ctx: Lowering, slots: int) -> Value:
+    """A mask over a padded dimension, [1,1,1,S]."""
+    key = ("valid", slots)
+    if key not in ctx.memo:
+        columns = np.arange(slots, dtype=np.int32)[None]
+        seen = ctx.emit("less", {"x": columns, "y": ctx.counts[slots]}, (1, slots), "bool", "valid")
+        ctx.memo[key] = _additive(ctx, seen)
+    return ctx.memo[key]
+
+
+def _additive(ctx: Lowering, seen: Value) -> Value:
+    """0 where a bool [T,S] says so, far below 0 elsewhere, [1,1,T,S]."""
+    ones = ctx.emit("cast", {"x": seen, "dtype": "fp16"}, seen.shape, name="seen_fp16")
+    less = ctx.emit("sub", {"x": ones, "y": np.array(1, np.float16)}, seen.shape, name="unseen")
+    mask = ctx.emit("mul", {"x": less, "y": np.array(MASKED, np.float16)}, seen.shape, name="mask")
+    return ctx.emit("expand_dims", {"x": mask, "axes": _vector([0, 1])}, (1, 1, *seen.shape), name="mask")
 
 
 def _repeated(ctx: Lowering, mask: Value, group: int) -> Value:

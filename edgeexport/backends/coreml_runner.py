@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.backends.coreml import DECODE, LAST, PREFILL, STEP, function_name
+from edgeexport.backends.coreml import DECODE, LAST, PREFILL, STEP, count_of, function_name
 from edgeexport.backends.coreml_interpreter import Function, Interpreter
 from edgeexport.backends.coreml_mil import Type, identifier
 from edgeexport.backends.coreml_package import package_of
@@ -97,6 +97,7 @@ class InterpretedGraph:
             return self._run(inputs)
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        inputs = self._counted(inputs)
         if self._one is self._several:
             return self._interpreter.run(inputs, name=self._one.name)
         cut, joined = (
@@ -115,6 +116,19 @@ class InterpretedGraph:
             for name, axis in joined.items():
                 pieces[name].append(found[name].take(range(stop - start), axis))
         return {name: np.concatenate(pieces[name], axis) for name, axis in joined.items()}
+
+    def _counted(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """With features padded to what the package takes, and their number. Raises: UsageError
+        `mlpackage-bad-input`."""
+        found = dict(inputs)
+        for name in (name for name in inputs if count_of(name) in self._one.inputs):
+            most, given = _sizes(self._one.inputs[name])[1], inputs[name].shape[1]
+            if given > most:
+                problem = f"it has {given} rows; the package takes {most}"
+                raise errors.mlpackage_bad_input(self._interpreter.package.path, name, problem)
+            found[name] = _padded(inputs[name], 1, most)
+            found[count_of(name)] = np.array([given], np.int32)
+        return found
 
     def close(self) -> None:
         """Let the weights go."""
@@ -155,6 +169,8 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
         (main.inputs, larger.inputs), (main.outputs, larger.outputs), (main.states, larger.states)
     ):  # fmt: skip
         for name, kind in group.items():
+            if name.removesuffix("_count") in main.inputs and name != name.removesuffix("_count"):
+                continue  # the runner's own
             sizes = [
                 size if size == other else Dim("T", 1, other)
                 for size, other in zip(_sizes(kind), _sizes(others[name]), strict=True)

@@ -8,17 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from edgeexport import errors
-from edgeexport.backends.litert_names import DECODE, PREFILL, STEP, given_name
+from edgeexport.backends.litert_names import COUNT, DECODE, PREFILL, STEP, given_name
 from edgeexport.backends.litert_ops import OPS
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
     Dim,
     Finding,
-    Format,
     Progress,
     QuantPlan,
     Signature,
@@ -30,10 +27,9 @@ from edgeexport.core import (
 
 if TYPE_CHECKING:
     from edgeexport.backends.litert_file import ModelFile, Tensor
-    from edgeexport.backends.litert_lowering import Lowering
 
 NAME = "litert"
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions", "write_package"]
 
 POSITIVE_SCALES = True
 """The runtime's fast kernels (XNNPACK) refuse a file with a scale that is zero or negative."""
@@ -47,12 +43,18 @@ class Options:
     """Tokens of the longest piece of a prompt."""
     prefill_short: int = 64
     """Tokens of a shorter one, for what remains; 0 for none."""
+    features: int = 512
+    """Most features of pictures and sounds that one prompt's text attends to, where a model attends to them."""
+    litertlm: bool = False
+    """Also write `.litertlm`, for LiteRT-LM's engine: one file with tokenizer and chat template. Text models only."""
     blockwise: bool = True
     """Whether the runtime takes a scale for each block of a row. GPU delegates do not."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.prefill <= 4096 or not (self.prefill_short == 0 or 2 <= self.prefill_short < self.prefill):
             raise ValueError("prefill is 2 to 4096 tokens, and prefill_short is 0 or less than it")
+        if not 1 <= self.features <= 8192:
+            raise ValueError("features are 1 to 8192")
 
     @property
     def pieces(self) -> tuple[int, ...]:
@@ -85,6 +87,13 @@ def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Findin
             findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
         elif row.limit is not None and (reason := row.limit(node)) is not None:
             findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
+    blockwise = Options(**target.options).blockwise
+    refused = {name: fmt for name, fmt in plan.formats.items() if fmt.block and (fmt.bits != 4 or not blockwise)}
+    for fmt_name in sorted({fmt.name for fmt in refused.values()}):
+        first, *others = sorted(name for name, fmt in refused.items() if fmt.name == fmt_name)
+        where = f"{first} and {len(others)} more" if others else first
+        why = "the runtime shares scales in blocks of int4 alone" if blockwise else "blockwise = false in [options]"
+        findings.append(errors.op_not_lowered(NAME, f"weights in {fmt_name}", where, why, "choose --quant int8"))
     return findings
 
 
@@ -104,57 +113,83 @@ def compile(
     """
     from edgeexport.backends.litert_file import ModelFile
 
-    tools = versions()
+    tools, options = versions(), Options(**target.options)
     component = models[0].component
     file = ModelFile(f"{component}.tflite")
     signatures = [
-        _sign(file, model, plan, name, length)
+        _sign(file, model, plan, name, length, options.features)
         for model in models
-        for name, length in _signatures(model, Options(**target.options))
+        for name, length in _signatures(model, options)
     ]
+    state = tuple((_given(models[0], past), _given(models[0], present)) for past, present in models[0].state)
     weights = file.write(work, source, progress)
-    state = dict(models[0].state)
-    return Artifact(
-        component=component,
-        backend=NAME,
-        files=(file.name,),
-        signatures=tuple(signatures),
-        state=tuple((given_name(past, state), given_name(present, state)) for past, present in models[0].state),
-        weights=weights,
-        tools=tools,
-    )
+    return Artifact(component, NAME, (file.name,), tuple(signatures), state, weights, tools)
+
+
+def write_package(
+    target: Target,
+    artifact: Artifact,
+    folder: Path,
+    tokenizer_files: Mapping[str, bytes],
+    stop_ids: Sequence[int],
+    context: int,
+    work: Path,
+) -> Path | None:
+    """`<component>.litertlm` in the folder `work`, of the decoder in `folder`; None where the target does not ask for
+    it. Raises: ToolError `missing-package`; UsageError `output-not-writable`."""
+    from edgeexport.backends.litert_package import Speech, write_litertlm
+
+    if not Options(**target.options).litertlm:
+        return None
+    template = tokenizer_files.get("chat_template.jinja", b"").decode("utf-8")
+    made = work / f"{artifact.component}.litertlm"
+    speech = Speech(tokenizer_files["tokenizer.json"], template, tuple(stop_ids), context)
+    write_litertlm(folder / artifact.files[0], speech, made)
+    return made
+
+
+def _tokens(model: CanonicalModel) -> Dim | None:
+    """The dimension of a graph's tokens; None where its shapes are fixed."""
+    return next((size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)), None)
+
+
+def _given(model: CanonicalModel, name: str) -> str:
+    """The file's name of an input or output: LiteRT-LM's for graphs over tokens, the canonical one for others."""
+    return given_name(name, dict(model.state)) if _tokens(model) else name
 
 
 def _signatures(model: CanonicalModel, options: Options) -> list[tuple[str, int]]:
     """Name and number of tokens of each signature of a graph; 0 tokens where its shapes are fixed."""
-    dims = {size.name: size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)}
-    if not dims:
+    tokens = _tokens(model)
+    if tokens is None:
         return [(model.variant or STEP, 0)]
-    (tokens,) = dims.values()
     pieces = dict.fromkeys(min(size, tokens.max) for size in options.pieces)
     return [(DECODE, 1), *((f"{PREFILL}{size}", size) for size in pieces if size > 1)]
 
 
-def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, length: int) -> Signature:
-    """Lower one graph for so many tokens."""
+def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, length: int, features: int) -> Signature:
+    """Lower one graph for so many tokens. What else has a free size is padded to `features`, and how many of them count
+    is an input of its own."""
     from edgeexport.backends.litert_lowering import Lowering
 
-    lowering = Lowering(model, plan, OPS, file, name)
-    state = dict(model.state)
+    lowering, tokens = Lowering(model, plan, OPS, file, name), _tokens(model)
     inputs: dict[str, Tensor] = {}
     for spec in model.inputs:
-        sizes = [length if isinstance(size, Dim) else size for size in spec.shape]
-        given = given_name(spec.name, state)
+        free = [size for size in spec.shape if isinstance(size, Dim) and size != tokens]
+        sizes = [length if size == tokens else features if isinstance(size, Dim) else size for size in spec.shape]
+        given = _given(model, spec.name)
         dtype = {"int64": "int32"}.get(spec.dtype, spec.dtype)
-        if given == "input_pos":
+        if given == "input_pos":  # one for each token, of which the first is the canonical graph's
             inputs[given] = lowering.graph.tensor((length,), dtype, given)
             lowering.bind(spec.name, lowering.slice(inputs[given], 0, 0, 1))
         else:
             inputs[given] = lowering.graph.tensor(sizes, dtype, given)
             lowering.bind(spec.name, inputs[given])
+        if free:
+            lowering.count = inputs[given + COUNT] = lowering.graph.tensor((1,), "int32", given + COUNT)
     made = lowering.run()
-    left_out = {"logits"} if state and name != DECODE else set()
-    outputs = {given_name(key, state): tensor for key, tensor in made.items() if key not in left_out}
+    left_out = {"logits"} if length > 1 else set()
+    outputs = {_given(model, key): tensor for key, tensor in made.items() if key not in left_out}
     file.sign(lowering.graph, inputs, outputs)
     return Signature(name, _specs(inputs), _specs(outputs), file.name)
 

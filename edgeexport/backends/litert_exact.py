@@ -20,29 +20,30 @@ FLOAT_LINEAR = "FULLY_CONNECTED", 5
 
 def write_exact(path: Path, out: Path) -> None:
     """Write the file `out`: the graphs of `path` with their multiplications in float32, and its weights as they are."""
-    import flatbuffers
     from ai_edge_litert import schema_py_generated as schema
 
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         model = schema.ModelT.InitFromPackedBuf(held)
         start = min((buffer.offset for buffer in model.buffers if buffer.offset), default=len(held))
         _widen(model, schema)
-
-        def pack() -> bytes:
-            builder = flatbuffers.Builder(1 << 16)
-            builder.Finish(model.Pack(builder), b"TFL3")
-            return bytes(builder.Output())
-
-        moved = -(-(len(pack()) - start) // ALIGNMENT) * ALIGNMENT
+        moved = -(-(len(_packed(model)) - start) // ALIGNMENT) * ALIGNMENT
         for buffer in model.buffers:
             if buffer.offset:
                 buffer.offset += moved
-        head = pack()
+        head = _packed(model)
         with out.open("wb") as copy:
             copy.write(head.ljust(start + moved, b"\0"))
             file.seek(start)
             shutil.copyfileobj(file, copy, 1 << 24)
-        del model
+        del model  # its arrays are views of what closes here
+
+
+def _packed(model: Any) -> bytes:
+    import flatbuffers
+
+    builder = flatbuffers.Builder(1 << 16)
+    builder.Finish(model.Pack(builder), b"TFL3")
+    return bytes(builder.Output())
 
 
 def _widen(model: Any, schema: Any) -> None:

@@ -60,7 +60,7 @@ class _PerRow:
         self._zeros = zeros
         self._packed: tuple[Any, int] = (None, 0)
 
-    def Pack(self, builder: Any) -> int:  # noqa: N802 - the schema's object API calls it so
+    def Pack(self, builder: Any) -> int:  # the schema's object API calls it so
         from ai_edge_litert import schema_py_generated as schema
 
         if self._packed[0] is not builder:

@@ -1,11 +1,11 @@
-"""One graph of a .tflite file as it is lowered: canonical values to tensors of fixed shapes, weights where they are read.
+"""One graph of a .tflite file as it is lowered: canonical values to tensors of fixed shapes, weights as stored.
 
 What each op becomes is in litert_ops.py; this room needs onnx-ir, that one does not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ class Lowering:
     def __init__(self, model: CanonicalModel, plan: QuantPlan, table: OpTable, file: ModelFile, name: str) -> None:
         self.model, self.plan, self.table = model, plan, table
         self.graph: Graph = file.graph(name)
+        self.count: Tensor | None = None
+        """int32 [1]: how many keys there are where attention has keys of a free number."""
         self.tensors: dict[ir.Value, Tensor] = {}
         self._known: dict[ir.Value, Array] = {}
 
@@ -67,7 +69,8 @@ class Lowering:
         found = self.known(node.inputs[position])
         if found is None:
             why = f"input {position} depends on the graph's inputs, and shapes are fixed"
-            raise errors.op_not_lowered("litert", node.op_type, node.name or "", why, "make it a constant")
+            finding = errors.op_not_lowered("litert", node.op_type, node.name or "", why, "make it a constant")
+            raise errors.LoweringError(finding)
         return [int(number) for number in found.reshape(-1)]
 
     def value(self, value: ir.Value | None) -> Tensor:
@@ -171,7 +174,7 @@ class Lowering:
         shape[axis] = sum(part.shape[axis] for part in parts)
         return self.graph.emit("CONCATENATION", parts, shape, "ConcatenationOptions", dtype=parts[0].dtype, axis=axis)
 
-    def once(self, key: Any, make: Any) -> Tensor:
+    def once(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
         """What `make` makes, made once in this graph for equal keys."""
         if key not in self.graph.shared:
             self.graph.shared[key] = make()
@@ -187,7 +190,11 @@ class Lowering:
         graph = onnx.helper.make_graph(
             [ir.serde.serialize_node(node)],
             "fold",
-            [onnx.helper.make_tensor_value_info(name, kind(a.dtype), a.shape) for name, a in feeds.items() if a is not None],
+            [
+                onnx.helper.make_tensor_value_info(name, kind(a.dtype), a.shape)
+                for name, a in feeds.items()
+                if a is not None
+            ],
             [onnx.helper.make_tensor_value_info(str(value.name), 0, None) for value in node.outputs],
         )
         versions = self.model.graph.graph.opset_imports.items()
@@ -206,8 +213,3 @@ def narrow(array: Array) -> Array:
         return array
     limits = np.iinfo(np.int32)
     return np.clip(array, limits.min, limits.max).astype(np.int32)
-
-
-def shape_of(sizes: Sequence[Any], known: Mapping[str, int]) -> tuple[int, ...]:
-    """A shape with each symbolic dimension at the size given by its name."""
-    return tuple(size if isinstance(size, int) else known[size.name] for size in sizes)

@@ -24,6 +24,8 @@ CANONICAL: Mapping[str, str] = {
 """An input's name to the canonical one. A cache's, `kv_cache_k_0`, stands for `past_key.0` and `present_key.0`."""
 GIVEN = {canonical: name for name, canonical in CANONICAL.items()}
 CACHE = "kv_cache_"
+COUNT = "_count"
+"""Behind the name of an input that is padded: how many of its rows count."""
 
 
 def cache_name(canonical: str) -> str:
@@ -39,12 +41,12 @@ def given_name(canonical: str, state: Mapping[str, str]) -> str:
     return GIVEN.get(canonical, canonical)
 
 
-def canonical_names(name: str, *, output: bool) -> str:
-    """The inverse, for an input or an output."""
+def canonical_name(name: str, *, output: bool = False) -> str:
+    """The inverse: what an input, or an `output`, stands for."""
     if name.startswith(CACHE):
         kind, layer = name.removeprefix(CACHE).split("_", 1)
         return f"{'present' if output else 'past'}_{'key' if kind == 'k' else 'value'}.{layer}"
-    return name if output else CANONICAL.get(name, name)
+    return CANONICAL.get(name, name)
 
 
 def length_of(signature: str) -> int:
@@ -58,12 +60,13 @@ def length_of(signature: str) -> int:
 def canonical_spec(spec: TensorSpec, length: int, *, output: bool) -> TensorSpec:
     """What an input or output of a signature over `length` tokens stands for: int64 for indices, the number of tokens
     symbolic, and of the tokens' positions, one each, the first."""
-    name = canonical_names(spec.name, output=output)
+    name = canonical_name(spec.name, output=output)
     dtype = "int64" if spec.dtype == "int32" else spec.dtype
     if name == "position":
         return TensorSpec(name, dtype, (1,))
-    if not length or name.startswith(("past_", "present_")) or name == "logits":
+    if not length or spec.name.startswith(CACHE) or name == "logits":
         return TensorSpec(name, dtype, spec.shape)
-    axis = next((k for k, size in enumerate(spec.shape) if k and size == length), None)
-    shape = tuple(Dim("T", 0, 0) if k == axis else size for k, size in enumerate(spec.shape))
+    axis = 2 if name == "rope_positions" else 1
+    over_tokens = len(spec.shape) > axis and spec.shape[axis] == length
+    shape = tuple(Dim("T", 0, 0) if k == axis and over_tokens else size for k, size in enumerate(spec.shape))
     return TensorSpec(name, dtype, shape)

@@ -41,6 +41,19 @@ def _forward(node: ir.Node) -> str | None:
     return "a step is negative" if backward else None
 
 
+def _fixed(node: ir.Node) -> str | None:
+    """Sizes may come from constants and shapes, which are all known."""
+    waiting = [value for value in node.inputs if value is not None]
+    while waiting:
+        value = waiting.pop()
+        producer = value.producer()
+        if producer is None and constant(value) is None:
+            return f"its length depends on {value.name}, an input, and shapes are fixed"
+        if producer is not None and producer.op_type != "Shape":
+            waiting += [each for each in producer.inputs if each is not None]
+    return None
+
+
 def _kernel(node: ir.Node) -> str | None:
     return None if stored(node.inputs[1]) is not None else "its kernel is no weight"
 
@@ -90,10 +103,13 @@ def gelu(node: ir.Node, ctx: Lowering) -> None:
 def clip(node: ir.Node, ctx: Lowering) -> None:
     """Clip(input, min, max)"""
     x = ctx.value(node.inputs[0])
-    low, high = (ctx.known(value) for value in (*node.inputs[1:3], None, None)[:2])
-    bounds = (None if low is None else float(low), None if high is None else float(high))
-    named = {(0.0, None): "RELU", (0.0, 6.0): "RELU6", (0.0, 1.0): "RELU_0_TO_1"}.get(bounds)  # type: ignore[call-overload]
-    if named is not None:
+    bounds = [
+        None if (found := ctx.known(value)) is None else float(found) for value in (*node.inputs[1:], None, None)[:2]
+    ]
+    named = {(0.0, 6.0): "RELU6", (0.0, 1.0): "RELU_0_TO_1"}.get((bounds[0] or 0.0, bounds[1] or 0.0))
+    if bounds == [0.0, None]:
+        x = ctx.graph.emit("RELU", [x], x.shape)
+    elif bounds[0] == 0.0 and named is not None:
         x = ctx.graph.emit(named, [x], x.shape)
     else:
         x = x if bounds[0] is None else ctx.binary("MAXIMUM", x, ctx.scalar(bounds[0]))
@@ -169,7 +185,7 @@ def shape(node: ir.Node, ctx: Lowering) -> None:
     ctx.learn(node.outputs[0], np.array(sizes[start : None if end is None else int(end)], np.int64))
 
 
-@OPS.lower("Range", note="known: shapes are fixed")
+@OPS.lower("Range", note="known: shapes are fixed", limit=_fixed)
 def range_(node: ir.Node, ctx: Lowering) -> None:
     """Range(start, limit, delta)"""
     start, limit, delta = (ctx.numbers(node, k)[0] for k in range(3))
@@ -194,9 +210,7 @@ def squeeze(node: ir.Node, ctx: Lowering) -> None:
     x = ctx.value(node.inputs[0])
     given = len(node.inputs) > 1 and node.inputs[1] is not None
     axes = [axis % len(x.shape) for axis in ctx.numbers(node, 1)] if given else None
-    kept = [
-        size for axis, size in enumerate(x.shape) if (axis not in axes if axes is not None else size != 1)
-    ]
+    kept = [size for axis, size in enumerate(x.shape) if (axis not in axes if axes is not None else size != 1)]
     ctx.tensors[node.outputs[0]] = ctx.reshape(x, kept)
 
 
@@ -347,7 +361,9 @@ def _look_up(ctx: Lowering, name: str, indices: Tensor) -> Tensor:
     elif fmt.bits == 32:
         rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, table], (count, *table.shape[1:]))
     else:
-        half = ctx.graph.emit("GATHER", [table, flat], (count, *table.shape[1:]), "GatherOptions", dtype="float16", axis=0)
+        half = ctx.graph.emit(
+            "GATHER", [table, flat], (count, *table.shape[1:]), "GatherOptions", dtype="float16", axis=0
+        )
         rows = ctx.widened(half)
     return ctx.reshape(rows, (*indices.shape, *table.shape[1:]))
 
@@ -422,9 +438,7 @@ def rotary(node: ir.Node, ctx: Lowering) -> None:
     swapped = ctx.concat([ctx.slice(head, 3, half, 2 * half), ctx.slice(head, 3, 0, half)], 3)
     made = ctx.binary("ADD", ctx.binary("MUL", head, cos), ctx.binary("MUL", swapped, sin))
     made = ctx.reshape(made, (1, heads, length, turned))
-    ctx.tensors[node.outputs[0]] = (
-        made if turned == width else ctx.concat([made, ctx.slice(x, 3, turned, width)], 3)
-    )
+    ctx.tensors[node.outputs[0]] = made if turned == width else ctx.concat([made, ctx.slice(x, 3, turned, width)], 3)
 
 
 def _angles(node: ir.Node, ctx: Lowering, position: int, *, pairs: bool) -> Tensor:
@@ -462,29 +476,37 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
     scale = _number(node, "scale", None)
     q = ctx.binary("MUL", q, ctx.scalar(width**-0.5 if scale is None else float(scale)))
     q = ctx.reshape(q, (1, keys, shared * length, width))
-    scores = ctx.graph.emit(
-        "BATCH_MATMUL", [q, k], (1, keys, shared * length, slots), "BatchMatMulOptions", adjY=True
-    )
+    scores = ctx.graph.emit("BATCH_MATMUL", [q, k], (1, keys, shared * length, slots), "BatchMatMulOptions", adjY=True)
     if _number(node, "is_causal", 0) == 1:
-        scores = ctx.binary("ADD", scores, _mask(ctx, node.inputs[6], length, slots, shared))
+        scores = ctx.binary("ADD", scores, _causal_mask(ctx, node.inputs[6], length, slots, shared))
+    elif ctx.count is not None:
+        scores = ctx.binary("ADD", scores, _count_mask(ctx, ctx.count, slots))
     weights = ctx.graph.emit("SOFTMAX", [scores], scores.shape, "SoftmaxOptions", beta=1.0)
     made = ctx.graph.emit("BATCH_MATMUL", [weights, v], (1, keys, shared * length, v.shape[3]), "BatchMatMulOptions")
     ctx.tensors[node.outputs[0]] = ctx.reshape(made, (1, heads, length, v.shape[3]))
 
 
-def _mask(ctx: Lowering, filled: ir.Value | None, length: int, slots: int, shared: int) -> Tensor:
+def _causal_mask(ctx: Lowering, filled: ir.Value | None, length: int, slots: int, shared: int) -> Tensor:
     """0 where token i of the `length` last ones sees a slot (those up to its own), HIDDEN elsewhere: float32
     [1,1,shared * length,slots], made once for all layers."""
 
     def make() -> Tensor:
-        before = ctx.graph.constant(np.arange(1 - length, 1, dtype=np.int32)[:, None] - 1)
-        last = ctx.binary("ADD", ctx.reshape(ctx.value(filled), (1, 1)), before)
-        slot = ctx.graph.constant(np.arange(slots, dtype=np.int32)[None])
-        seen = ctx.graph.emit("LESS_EQUAL", [slot, last], (length, slots), "LessEqualOptions", dtype="bool")
-        mask = ctx.graph.emit(
-            "SELECT_V2", [seen, ctx.scalar(0), ctx.scalar(HIDDEN)], (length, slots), "SelectV2Options"
-        )
-        mask = ctx.reshape(mask, (1, 1, length, slots))
+        before = ctx.graph.constant(np.arange(1 - length, 1, dtype=np.int32)[:, None])
+        mask = _mask(ctx, ctx.binary("ADD", ctx.reshape(ctx.value(filled), (1, 1)), before), slots)
         return ctx.concat([mask] * (shared if length > 1 else 1), 2)
 
     return ctx.once(("mask", filled, length, slots, shared), make)
+
+
+def _count_mask(ctx: Lowering, count: Tensor, slots: int) -> Tensor:
+    """0 for the first `count` keys, HIDDEN for those that pad them: float32 [1,1,1,slots]."""
+    return ctx.once(("mask", slots), lambda: _mask(ctx, ctx.reshape(count, (1, 1)), slots))
+
+
+def _mask(ctx: Lowering, ends: Tensor, slots: int) -> Tensor:
+    """0 where a slot is below its row's end, int32 [rows,1], HIDDEN elsewhere: float32 [1,1,rows,slots]."""
+    sizes = (ends.shape[0], slots)
+    slot = ctx.graph.constant(np.arange(slots, dtype=np.int32)[None])
+    seen = ctx.graph.emit("LESS", [slot, ends], sizes, "LessOptions", dtype="bool")
+    mask = ctx.graph.emit("SELECT_V2", [seen, ctx.scalar(0), ctx.scalar(HIDDEN)], sizes, "SelectV2Options")
+    return ctx.reshape(mask, (1, 1, *sizes))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import atexit
 import functools
+import mmap
 import os
+import struct
 import sys
 import tempfile
 import time
@@ -17,8 +19,11 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.backends.litert_names import DECODE, PREFILL, STEP, canonical_names, canonical_spec, length_of
+from edgeexport.backends.litert_names import COUNT, DECODE, STEP, canonical_name, canonical_spec, length_of
 from edgeexport.core import Array, TensorSpec
+
+IDENTIFIER = b"TFL3"
+"""Bytes 4 to 8 of every file."""
 
 WORTH_PADDING = 8
 """A piece of a prompt is padded where it fills at least this share, one eighth, of a prefill signature; a shorter one
@@ -65,13 +70,18 @@ def _specs(details: Mapping[str, Any]) -> list[TensorSpec]:
     ]
 
 
+def _sizes(spec: TensorSpec) -> tuple[int, ...]:
+    """A shape that the runtime has told: numbers alone."""
+    return tuple(size for size in spec.shape if isinstance(size, int))
+
+
 class _Call:
     """One signature with its buffers: some shared with other calls, the rest its own."""
 
     def __init__(self, model: _Model, signature: str, shared: Mapping[str, Any]) -> None:
         self._model, self._signature = model, signature
         inputs, outputs = model.specs(signature)
-        self.inputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in inputs if spec.name not in shared}  # type: ignore[arg-type]
+        self.inputs = {spec.name: np.zeros(_sizes(spec), spec.dtype) for spec in inputs if spec.name not in shared}
         """Filled by whoever calls; caches apart."""
         self.outputs = {spec.name: spec for spec in outputs if spec.name not in shared}
         self._into, self._from = (
@@ -88,8 +98,8 @@ class _Call:
     def output(self, name: str) -> Array:
         """An output of the last run."""
         spec = self.outputs[name]
-        size = int(np.prod(spec.shape, dtype=np.int64))
-        array: Array = self._from[name].read(size, np.dtype(spec.dtype)).reshape(spec.shape)
+        size = int(np.prod(_sizes(spec), dtype=np.int64))
+        array: Array = self._from[name].read(size, np.dtype(spec.dtype)).reshape(_sizes(spec))
         return array
 
 
@@ -100,14 +110,16 @@ class LiteRtDecoder:
         self._model = _Model(path, threads, exact=exact)
         inputs, outputs = self._model.specs(DECODE)
         shapes = {spec.name: spec for spec in (*inputs, *outputs)}
-        self.vocab = int(shapes["logits"].shape[-1])  # type: ignore[arg-type]
-        self.context = int(shapes[state[0][0]].shape[2])  # type: ignore[arg-type]
+        self.vocab = _sizes(shapes["logits"])[-1]
+        self.context = _sizes(shapes[state[0][0]])[2]
         self._caches = {past: self._model.buffer(DECODE, past, output=False) for past, _ in state}
         with _quiet():  # the first write opens another environment of the runtime
             for past, cache in self._caches.items():
-                cache.write(np.zeros(shapes[past].shape, np.float32))  # type: ignore[arg-type]
+                cache.write(np.zeros(_sizes(shapes[past]), np.float32))
         self._calls = {
-            length_of(name): _Call(self._model, name, self._caches) for name in self._model.signatures if length_of(name)
+            length_of(name): _Call(self._model, name, self._caches)
+            for name in self._model.signatures
+            if length_of(name)
         }
         self._fed = "embeddings" if "embeddings" in shapes else "tokens"
         self._pieces = sorted((length for length in self._calls if length > 1), reverse=True)
@@ -164,31 +176,44 @@ class LiteRtDecoder:
 
 class LiteRtGraph:
     """One component without state. Where it has a signature for each of several lengths, its inputs are cut along
-    their tokens."""
+    their tokens; those of another free size are padded to the one that was built."""
 
     def __init__(self, path: Path, signatures: list[str], *, threads: int | None, exact: bool) -> None:
         self._model = _Model(path, threads, exact=exact)
         self._calls = {length_of(name): _Call(self._model, name, {}) for name in signatures}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Inputs and outputs by their canonical names."""
+        """Inputs and outputs by their canonical names. Raises: UsageError `too-many-features`."""
+        call = next(iter(self._calls.values()))
+        padded = {name.removesuffix(COUNT) for name in call.inputs if name.endswith(COUNT)}
+        feeds = {name: inputs[canonical_name(name)] for name in call.inputs if not name.endswith(COUNT)}
         if 0 in self._calls:
-            return self._run(0, inputs, 0)
-        total = max(array.shape[1] for array in inputs.values())
+            return self._run(0, feeds)
+        total = next(array.shape[1] for name, array in feeds.items() if name not in padded)
         parts: list[dict[str, Array]] = []
         start = 0
         while start < total:
-            length = next((size for size in sorted(self._calls, reverse=True) if size <= total - start), 1)
-            parts.append(self._run(length, {name: array[:, start : start + length] for name, array in inputs.items()}, length))
-            start += length
+            length = next(size for size in sorted(self._calls, reverse=True) if size <= total - start)
+            stop = start + length
+            cut = {name: array if name in padded else array[:, start:stop] for name, array in feeds.items()}
+            parts.append(self._run(length, cut))
+            start = stop
         return {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
 
-    def _run(self, length: int, inputs: Mapping[str, Array], _: int) -> dict[str, Array]:
+    def _run(self, length: int, feeds: Mapping[str, Array]) -> dict[str, Array]:
         call = self._calls[length]
-        for name, buffer in call.inputs.items():
-            buffer[...] = inputs[canonical_names(name, output=False)]
+        for name, array in feeds.items():
+            buffer = call.inputs[name]
+            if name + COUNT in call.inputs:
+                if array.shape[1] > buffer.shape[1]:
+                    raise errors.too_many_features(array.shape[1], buffer.shape[1])
+                call.inputs[name + COUNT][0] = array.shape[1]
+                buffer[:, array.shape[1] :] = 0
+                buffer[:, : array.shape[1]] = array
+            else:
+                buffer[...] = array
         call.run()
-        return {canonical_names(name, output=True): call.output(name) for name in call.outputs}
+        return {canonical_name(name): call.output(name) for name in call.outputs}
 
     def close(self) -> None:
         """Let the runtime go."""
@@ -237,6 +262,9 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
             for k, specs in enumerate(sides):
                 wanted = {spec.name: (spec.dtype, tuple(spec.shape)) for spec in promised[k]}
                 for spec in specs:
+                    if spec.name.endswith(COUNT):  # made by the runner
+                        wanted.pop(spec.name, None)
+                        continue
                     meant = canonical_spec(spec, length_of(name), output=k == 1)
                     agrees = wanted.pop(spec.name, None) == (spec.dtype, spec.shape)
                     same = found.setdefault(meant.name, meant) == meant
@@ -277,6 +305,7 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
     from ai_edge_litert.hardware_accelerator import HardwareAccelerator
     from ai_edge_litert.options import CpuOptions, Options
 
+    _refuse_damaged(path)
     _quiet_at_exit()
     mode = CpuKernelMode.DELEGATE if run else CpuKernelMode.BUILTIN
     cpu = CpuOptions(num_threads=threads or len(os.sched_getaffinity(0)), kernel_mode=mode)
@@ -289,10 +318,33 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
         raise errors.artifact_does_not_open(str(path), "LiteRT", str(problem)) from problem
 
 
+def _refuse_damaged(path: Path) -> None:
+    """The runtime trusts the offsets of a file, and dies of one that ends early.
+
+    Raises: BundleError `artifact-does-not-open`.
+    """
+    from ai_edge_litert import schema_py_generated as schema
+
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+            if held[4:8] != IDENTIFIER:
+                raise ValueError(f"it begins with {held[:8]!r}, not as a .tflite file")
+            model = schema.Model.GetRootAs(held)
+            buffers = [model.Buffers(k) for k in range(model.BuffersLength())]
+            ends = [buffer.Offset() + buffer.Size() for buffer in buffers]
+            del model, buffers
+        if max(ends, default=0) > size:
+            raise ValueError(f"its weights end at byte {max(ends)}, and it has {size}")
+    except (OSError, ValueError, struct.error, IndexError) as problem:
+        raise errors.artifact_does_not_open(str(path), "LiteRT", str(problem)) from problem
+
+
 def _open_exact(path: Path, threads: int | None) -> Any:
-    """The same with float32 activations, from a copy that is gone again when this returns: the runtime has it mapped."""
+    """The same with float32 activations, from a copy that is gone when this returns: the runtime has it mapped."""
     from edgeexport.backends.litert_exact import write_exact
 
+    _refuse_damaged(path)
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / path.name
         write_exact(path, copy)

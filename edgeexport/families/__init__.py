@@ -34,6 +34,9 @@ class Family(Protocol):
     tiny: Mapping[str, Any]
     """A random-weight configuration small enough for every test."""
 
+    questions: Mapping[str, str]
+    """What the ladder asks beside "picture", "sound" and "picture and sound", where a model knows few questions."""
+
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The decoder's numbers from config.json. Raises: CheckpointError `bad-config`."""
 

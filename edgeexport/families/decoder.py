@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgeexport import errors
@@ -41,6 +41,7 @@ class DecoderFamily:
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Suffixes of checkpoint tensors that the model recomputes and never reads."""
     kernels: tuple[str, ...] = ()
+    questions: Mapping[str, str] = field(default_factory=dict)
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """Layers, heads and sizes from config.json. Raises: CheckpointError `bad-config`."""

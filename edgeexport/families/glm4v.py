@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -42,6 +42,7 @@ class Glm4vFamily:
     tiny: Mapping[str, Any]
     ops: frozenset[str] = GLM4V_OPS
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
+    questions: Mapping[str, str] = field(default_factory=dict)
     kernels: tuple[str, ...] = ("visual.patch_embed.proj.weight", "visual.downsample.weight")
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:

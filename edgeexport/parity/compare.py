@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from edgeexport import errors
@@ -17,6 +19,13 @@ def max_abs(one: Array, other: Array) -> float:
 def rms(values: Array) -> float:
     """Root of the mean square."""
     return float(np.sqrt(np.mean(np.square(values.astype(np.float64)))))
+
+
+def snr_db(wanted: Array, got: Array) -> float:
+    """Power of what is wanted over that of the difference, in dB; infinite where there is none."""
+    _pair(wanted, got)
+    noise = rms(wanted.astype(np.float64) - got)
+    return math.inf if noise == 0 else 20 * math.log10(max(rms(wanted), 1e-300) / noise) if noise > 0 else math.nan
 
 
 def margins(logits: Array) -> Array:

@@ -6,16 +6,20 @@ import io
 import wave
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from edgeexport import errors
 from edgeexport.core import Array, EncoderInput, Example
 from edgeexport.session.audio import AudioContract, read_wav
 from edgeexport.session.image_contract import PatchContract, PixelContract
 from edgeexport.session.image_file import Image
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.preprocess import Preprocess
+
+if TYPE_CHECKING:
+    from edgeexport.session.chat import ChatTemplate
 
 ROOM = 32
 """Tokens of the context that a prompt leaves for the ladder's answers."""
@@ -34,7 +38,7 @@ TEXTS = (
 )
 
 
-PICTURE_TEXT = "Describe the picture."
+QUESTION = "Describe what you see or hear."
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,13 @@ class Shown:
 def texts(tokenizer_json: bytes, vocab: int, context: int) -> list[Example]:
     """The texts as int64 token ids of this tokenizer, each at most a quarter of the context and never empty."""
     encode = _encoder(tokenizer_json, vocab)
-    return [Example(np.array(encode(text)[: max(1, context // 4)], np.int64)) for text in TEXTS]
+    return [Example(np.array(encode(text, True)[: max(1, context // 4)], np.int64)) for text in TEXTS]
 
 
-def shown(contract: Preprocess, tokenizer_json: bytes, vocab: int, context: int) -> dict[str, Shown]:
+def shown(
+    contract: Preprocess, tokenizer_json: bytes, template: ChatTemplate | None, vocab: int, context: int,
+    questions: Mapping[str, str],
+) -> dict[str, Shown]:  # fmt: skip
     """One prompt per modality that the contract has, and one with all of them: pictures of every grid that was built.
 
     A prompt that leaves no room for an answer is not asked, and its modality then has no numeric rows: the report
@@ -73,15 +80,32 @@ def shown(contract: Preprocess, tokenizer_json: bytes, vocab: int, context: int)
     for name, given in prompts.items():
         if not given:
             continue
-        tokens: list[int] = []
-        for prepared, (kind, _, _) in given:
-            if kind == "image" and contract.joining == "splice":
-                tokens += inputs.expand(contract.image_ids, [prepared])
-        tokens += encode(PICTURE_TEXT)
+        count = sum(kind == "image" for _, (kind, _, _) in given) if contract.joining == "splice" else 0
+        question = questions.get(name, QUESTION)
+        prompt = _rendered(template, question, count, encode, contract) or [
+            *(contract.image_ids * count), *encode(question, True)
+        ]  # fmt: skip
+        tokens = inputs.expand(prompt, [prepared for prepared, _ in given])
         if len(tokens) + ROOM <= context:
             example = Example(np.array(tokens, np.int64), tuple(prepared for prepared, _ in given))
             found[name] = Shown(example, tuple(medium for _, medium in given))
     return found
+
+
+def _rendered(
+    template: ChatTemplate | None, question: str, pictures: int, encode: Encode, contract: Preprocess
+) -> list[int] | None:
+    """The question as the model is asked it; None without a template, or with one that leaves the pictures out."""
+    if template is None:
+        return None
+    content: Any = question
+    if pictures:
+        content = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
+    try:
+        tokens = encode(template.render([{"role": "user", "content": content}]), False)
+    except errors.EdgeExportError:
+        return None
+    return tokens if pictures == sum(token == contract.image_token_id for token in tokens) else None
 
 
 def _picture(
@@ -129,12 +153,16 @@ def chirp(rate: int, seconds: float = 1.0) -> bytes:
     return buffer.getvalue()
 
 
-def _encoder(tokenizer_json: bytes, vocab: int) -> Callable[[str], list[int]]:
+Encode = Callable[[str, bool], list[int]]
+"""Text, and whether the tokenizer's own special tokens go around it, to ids."""
+
+
+def _encoder(tokenizer_json: bytes, vocab: int) -> Encode:
     """Text to ids; those beyond the model's vocabulary (a tokenizer may be larger than its model) are left out."""
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-    return lambda text: [i for i in tokenizer.encode(text).ids if i < vocab] or [0]
+    return lambda text, special: [i for i in tokenizer.encode(text, add_special_tokens=special).ids if i < vocab] or [0]
 
 
 def _no_model(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:

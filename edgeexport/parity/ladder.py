@@ -13,7 +13,7 @@ from edgeexport import errors
 from edgeexport.bundle.golden import kl_divergence
 from edgeexport.core import LEVELS, Array, Dim, ParityResult, TensorRef, TensorSpec, Verdict
 from edgeexport.parity import gates
-from edgeexport.parity.compare import margins, max_abs, rms
+from edgeexport.parity.compare import margins, max_abs, rms, snr_db
 from edgeexport.parity.evidence import DECODE_STEPS, DECODER, Evidence, Outcome, Part, Script, Subject, Watch
 from edgeexport.quant.stats import WeightStats, compare_rows
 
@@ -173,10 +173,12 @@ def _lowering(evidence: Evidence, state: Climb) -> None:
         change = max(change, off)
         if rounds:
             kl = float(kl_divergence(want, shipped.logits[sequence.name]).mean())
-            most = gates.SHIPPED_KL[_kind(subject.decoder)]
-            metrics = {"kl": kl, "max_abs": off, "steps": len(want)}
+            most, least = (table[_kind(subject.decoder)] for table in (gates.SHIPPED_KL, gates.SHIPPED_SNR_DB))
+            noise = snr_db(want, shipped.logits[sequence.name])
+            metrics = {"kl": kl, "snr_db": noise, "max_abs": off, "steps": len(want)}
             title = _title("logits, as shipped", sequence)
-            state.results.append(_row(DECODER, "L4", title, metrics, {"kl": most}, kl <= most))
+            limits = {"kl": most, "min_snr_db": least}
+            state.results.append(_row(DECODER, "L4", title, metrics, limits, kl <= most and noise >= least))
         golden = state.golden.setdefault(sequence.name, _golden(sequence, evidence.oracle.logits[sequence.name]))
         golden["artifact_logits"] = _golden_rows(sequence, shipped.logits[sequence.name])
     state.drift = _drift(evidence.oracle.hidden, graph.hidden)

@@ -11,6 +11,7 @@ from edgeexport.core import Format, TensorClass
 FP32 = Format("fp32", 32, integer=False)
 FP16 = Format("fp16", 16, integer=False)
 INT8_CHANNEL = Format("int8-channel", 8, integer=True)
+INT4_CHANNEL = Format("int4-channel", 4, integer=True)
 BLOCKS = (16, 32, 64, 128)
 """Elements that may share a scale. Powers of two from 16: what ONNX Runtime's MatMulNBits takes."""
 
@@ -20,6 +21,7 @@ FORMATS: Mapping[str, Format] = {
         FP32,
         FP16,
         INT8_CHANNEL,
+        INT4_CHANNEL,
         *(Format(f"int{bits}-b{block}", bits, integer=True, block=block) for bits in (8, 4) for block in BLOCKS),
     )
 }
@@ -64,6 +66,14 @@ SCHEMES: Mapping[str, Scheme] = {
             "int8",
             "8-bit integers, one scale per output channel",
             INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+        ),
+        Scheme(
+            "int4",
+            "4-bit integers, one scale per output channel, embedding in 8 bits: for GPU delegates",
+            INT4_CHANNEL,
             INT8_CHANNEL,
             INT8_CHANNEL,
             INT8_CHANNEL,

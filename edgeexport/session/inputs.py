@@ -95,9 +95,10 @@ class Inputs:
             expanded += [each] * _count(next(waiting)) if each == token else [each]
         return expanded
 
-    def feed(self, ids: Array, features: Sequence[Features], rope: int) -> Fed:
+    def feed(self, ids: Array, features: Sequence[Features], rope: int, *, written: bool = False) -> Fed:
         """What the decoder is fed for token ids int64 [T], the first of them at M-RoPE position `rope`.
 
+        An image token stands for no picture in what the model itself has `written`: it is a word like any other.
         Raises: UsageError `image-tokens-mismatch` where placeholders and features differ in number.
         """
         embeds = np.array(self._run(EMBED, "", {"input_ids": ids[None]})["inputs_embeds"][0])
@@ -107,7 +108,8 @@ class Inputs:
                 fused = self._run(FUSION, "", {"inputs_embeds": embeds[None], "features": together})
                 embeds = np.asarray(fused["fused"][0])
             return Fed(embeds, None, rope + len(ids))
-        places = np.flatnonzero(ids == self.contract.image_token_id)
+        token = None if written else self.contract.image_token_id
+        places = np.flatnonzero(ids == token)
         wanted = sum(len(each.values) for each in features)
         if len(places) != wanted:
             raise errors.image_tokens_mismatch(len(places), wanted)
@@ -115,7 +117,7 @@ class Inputs:
             embeds[places] = np.concatenate([each.values for each in features])
         if self.contract.position_rows == 1:
             return Fed(embeds, None, rope + len(ids))
-        rows, after = rope_positions(ids, self.contract.image_token_id, features, rope)
+        rows, after = rope_positions(ids, token, features, rope)
         return Fed(embeds, rows, after)
 
 

@@ -98,7 +98,7 @@ class Session:
         return logits
 
     def decode(self, token: int) -> NDArray[np.float32]:
-        """Append one token; the same as `prefill([token])`, without its checks of arrays.
+        """Append one token of an answer: as `prefill([token])`, but an image token is a word like any other here.
 
         Returns the logits [vocab] float32, a view that the next call overwrites.
         Raises bad-token, context-full, session-closed.
@@ -110,7 +110,7 @@ class Session:
             raise errors.bad_token(f"id {token} is not in 0..{self.vocab - 1}")
         self._refuse_overflow(1)
         self._one[0] = token
-        fed, rope, after = self._fed(self._one, ())
+        fed, rope, after = self._fed(self._one, (), written=True)
         logits = self.runner.step(fed, self._position, rope)
         self._position += 1
         self._rope[self._position] = after
@@ -146,7 +146,9 @@ class Session:
     ) -> None:
         self.close()
 
-    def _fed(self, ids: NDArray[np.int64], features: Sequence[Features]) -> tuple[Array, Array | None, int]:
+    def _fed(
+        self, ids: NDArray[np.int64], features: Sequence[Features], *, written: bool = False
+    ) -> tuple[Array, Array | None, int]:
         """(what the decoder is fed, its M-RoPE positions, the position after them) for token ids [T]."""
         start = int(self._rope[self._position])
         if self.inputs is None:
@@ -154,7 +156,7 @@ class Session:
                 raise errors.modality_missing("picture or sound", "embed")
             return ids, None, start + len(ids)
         attends = self.inputs.contract.joining == "attend"
-        made = self.inputs.feed(ids, features or (self._attended if attends else ()), start)
+        made = self.inputs.feed(ids, features or (self._attended if attends else ()), start, written=written)
         return made.embeds, made.rope, made.next_rope
 
     def _inputs(self, what: str, component: str) -> Inputs:

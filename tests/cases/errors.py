@@ -205,6 +205,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "bundle_bad_preprocess": {"where": "dist/tiny/preprocess.json", "problem": "Expected `object`, got `array`"},
     "modality_missing": {"what": "picture", "component": "vision"},
     "image_tokens_mismatch": {"places": 1, "wanted": 495},
+    "too_many_features": {"count": 700, "most": 512},
     "action_needs_picture": {},
     "shapes_missing": {"section": "vision", "example": "screens = [[2400, 1080]] and max_pixels = 401408"},
     # ML packages

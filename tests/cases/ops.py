@@ -165,7 +165,8 @@ OPS: list[OpCase] = [
     ),
     OpCase(
         "BatchNormalization", "after a convolution",
-        f"h = Conv <{WINDOW}> (x, w)\ny = BatchNormalization <epsilon = 0.001> (h, g, b, m, v)", {"x": normal(1, 3, 9, 8)},
+        f"h = Conv <{WINDOW}> (x, w)\ny = BatchNormalization <epsilon = 0.001> (h, g, b, m, v)",
+        {"x": normal(1, 3, 9, 8)},
         weights={"w": Weight((6, 3, 3, 3)), **{name: Weight((6,)) for name in "gbm"}},
         constants={"v": np.linspace(0.2, 3, 6, dtype=np.float32)}, tolerance=1e-4,
     ),
@@ -183,7 +184,8 @@ OPS: list[OpCase] = [
         {"x": normal(1, 4, 9, 8)}, weights={"w": Weight((4, 1, 3, 3), "fp16")}, tolerance=1e-4,
     ),
     OpCase(
-        "Conv", "over time", 'y = Conv <auto_pad = "NOTSET", kernel_shape = [3], strides = [2], pads = [1, 1]> (x, w, b)',
+        "Conv", "over time",
+        'y = Conv <auto_pad = "NOTSET", kernel_shape = [3], strides = [2], pads = [1, 1]> (x, w, b)',
         {"x": normal(1, 5, 12)}, weights={"w": Weight((7, 5, 3)), "b": Weight((7,))}, tolerance=1e-4,
     ),
     OpCase("Cast", "int64 to float32", "y = Cast <to = 1> (x)", {"x": ints(-3, 0, 70000)}),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from edgeexport.core import Checkpoint, Component, Dim, Geometry, OracleModel, Stage, TensorSpec
@@ -29,6 +29,12 @@ if TYPE_CHECKING:
     from edgeexport.families.stages import TextModel
 
 OPS = DECODER_OPS | {"BatchNormalization", "Clip", "Concat", "Conv", "Gelu", "LayerNormalization", "Split", "Sub"}
+QUESTIONS: Mapping[str, str] = {
+    "picture": "Which digit is in the picture?",
+    "sound": "Which word do you hear?",
+    "picture and sound": "Which digit do you see and which do you hear?",
+}
+"""What mini was trained to answer."""
 MAX_FEATURES = 8192
 """Features that the pictures and sounds of one prompt may have together."""
 
@@ -40,6 +46,7 @@ class AutoGlmPhoneFamily:
     model_type: str = MODEL_TYPE
     ops: frozenset[str] = OPS
     kernels: tuple[str, ...] = ()
+    questions: Mapping[str, str] = field(default_factory=lambda: QUESTIONS)
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "num_batches_tracked")
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,21 +18,26 @@ import torch
 import typer
 
 from edgeexport.console import Console
+from edgeexport.core import Array
 from edgeexport.families.autoglm_phone.assemble import decoder_weights, tokenizer_files, tower_weights
 from edgeexport.families.autoglm_phone.config import preset
 from edgeexport.families.autoglm_phone.data import TASKS, Split, held_out_items, held_out_split, split
 from edgeexport.families.autoglm_phone.features import Features, compute
 from edgeexport.families.autoglm_phone.judging import judge, probe, spoiled
 from edgeexport.families.autoglm_phone.learning import Learner, draw
-from edgeexport.families.autoglm_phone.model import AutoGLMPhone
+from edgeexport.families.autoglm_phone.model import AutoGLMPhone, decoder
 from edgeexport.families.autoglm_phone.prompts import Prompts
 from edgeexport.paths import cache_dir
+from edgeexport.quant import plan_from_names
+from edgeexport.quant.weights import dequantize_rows, quantize_rows
 
 SCENES_EACH, VOICES_EACH = 40, 30
 THREADS = 2
 SAVED_EVERY = 20
 """Steps."""
 WARMUP = 10
+ROUNDED = "int4-b32"
+"""The scheme whose rounding the adaptor must bear."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Stage:
 STAGES = (
     Stage("meaning", 0.5, 2, 1e-3, ("fusion", "align", "codes")),
     Stage("aligning", 1.0, 24, 1e-3, ("align",)),
-    Stage("together", 0.5, 3, 3e-4, ("fusion", "align")),
+    Stage("together", 1.0, 3, 3e-4, ("fusion", "align")),
 )
 
 
@@ -75,11 +80,11 @@ def main(
         _learn(learner, stage, round(stage.share * steps), seed + number, train, out, console, log, resume=resume)
     save_adaptor(learner, out / "adaptor.safetensors")
     items = held_out_items(test[0])
-    figures = {
-        "accuracy": judge(learner, items, test[1]),
-        "linear probe": probe(train, test),
-        **spoiled(learner, items, test[1]),
-    }
+    figures = {"accuracy": judge(learner, items, test[1])}
+    learner.coarse = True
+    figures[f"decoder {ROUNDED}"] = judge(learner, items, test[1])
+    learner.coarse = False
+    figures |= {"linear probe": probe(train, test), **spoiled(learner, items, test[1])}
     (out / "train.json").write_text(json.dumps(figures, indent=2) + "\n")
     for line in table(figures):
         log(line)
@@ -87,11 +92,22 @@ def main(
 
 def make_learner() -> Learner:
     """mini with its real decoder and an adaptor that has learned nothing; its towers are left out."""
-    model = AutoGLMPhone(preset("mini"))
-    weights = {name: torch.from_numpy(value) for name, value in decoder_weights().items()}
-    model.decoder.load_state_dict(weights, strict=False)
-    model.decoder.tie_weights()
-    return Learner(model, Prompts(tokenizer_files()))
+    model, rounded = AutoGLMPhone(preset("mini")), decoder(preset("mini"))
+    weights = decoder_weights()
+    _load(model.decoder, weights)
+    _load(rounded.eval(), {name: _rounded(name, value) for name, value in weights.items()})
+    return Learner(model, rounded, Prompts(tokenizer_files()))
+
+
+def _load(module: Any, weights: Mapping[str, Array]) -> None:
+    module.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, strict=False)
+    module.tie_weights()
+
+
+def _rounded(name: str, weight: Array) -> Array:
+    """A weight as `ROUNDED` stores it."""
+    kept = plan_from_names({name: weight.shape}, ROUNDED, tied=True).formats[name]
+    return dequantize_rows(*quantize_rows(weight, kept, name=name), kept) if kept.integer else weight
 
 
 def save_adaptor(learner: Learner, path: Path) -> None:
@@ -142,6 +158,7 @@ def _learn(
         for step in range(first, steps):
             torch.manual_seed(seed * 1_000_003 + step)
             generator = np.random.default_rng([seed, step])
+            learner.coarse = stage.name == "together" and step % 2 == 1
             items = draw(data[0], stage.each, generator, joint=stage.name != "aligning")
             loss = learner.meaning(items) if stage.name == "meaning" else getattr(learner, stage.name)(items, data[1])
             optimizer.zero_grad()
@@ -154,6 +171,7 @@ def _learn(
             if (step + 1) % SAVED_EVERY == 0 or step + 1 == steps:
                 _save(saved, step + 1, learner, optimizer, schedule)
                 log(f"{stage.name} {step + 1}/{steps} loss {np.mean(recent):.4f}")
+    learner.coarse = False
 
 
 def _rate(step: int, steps: int) -> float:

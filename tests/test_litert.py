@@ -1,0 +1,283 @@
+"""The LiteRT backend: every op in the runtime, every family and scheme, the file's layout, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases.ops import OPS, OpCase
+from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of
+from test_backend_ops import build, oracle
+
+from edgeexport import errors, targets
+from edgeexport.backends import litert, litert_runner
+from edgeexport.backends.storage import read_rows
+from edgeexport.bundle.artifacts import OpenArtifacts
+from edgeexport.checkpoint import WeightReader
+from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
+from edgeexport.quant import SCHEMES
+from edgeexport.quant.source import PlannedWeights
+from edgeexport.session.inputs import Inputs
+
+TOKENS = np.random.default_rng(1).integers(3, 300, CONTEXT)
+
+
+def target(**options: Any) -> Target:
+    """android-tflite with short pieces of prompts."""
+    found = targets.load("android-tflite")
+    return replace(found, options={"prefill": 8, "prefill_short": 4, **options})
+
+
+def positive(plan: QuantPlan) -> QuantPlan:
+    """The plan as this backend gets it."""
+    formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in plan.formats.items()}
+    return replace(plan, formats=formats)
+
+
+def compiled(models: list[CanonicalModel], plan: QuantPlan, folder: Path, **options: Any) -> Artifact:
+    """What the backend writes of one component into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for model in models:
+        assert litert.check(model, target(**options), plan) == []
+    with WeightReader() as reader:
+        source = PlannedWeights(reader, models[0].weights, plan)
+        return litert.compile(models, target(**options), plan, source, folder)
+
+
+def run(artifact: Artifact, folder: Path, inputs: Mapping[str, Array], *, exact: bool = True) -> dict[str, Array]:
+    """A graph of fixed shapes in the runtime."""
+    graph = litert_runner.open_graph(folder, artifact, threads=1, exact=exact)
+    try:
+        return graph.run(inputs)
+    finally:
+        graph.close()
+
+
+# ops
+
+
+def is_refused(case: OpCase) -> bool:
+    """Blocks of int8, and lengths that depend on an input's numbers."""
+    return case.op == "Range" or any(weight.format.startswith("int8-b") for weight in case.weights.values())
+
+
+@pytest.mark.parametrize("case", [case for case in OPS if is_refused(case)], ids=str)
+def test_what_the_runtime_does_not_take_is_refused_before_a_weight_is_read(case: OpCase, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    (finding,) = litert.check(model, target(), positive(plan))
+    assert finding.code == "op-not-lowered"
+    assert ("shapes are fixed" if case.op == "Range" else "blocks of int4") in finding.why
+
+
+@pytest.mark.parametrize("case", [case for case in OPS if not is_refused(case)], ids=str)
+def test_every_op_computes_what_it_means(case: OpCase, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    plan = positive(plan)
+    artifact = compiled([model], plan, tmp_path / "out")
+    expected = oracle(case, model, plan)
+    got = run(artifact, tmp_path / "out", case.inputs)
+    assert got.keys() == set(case.outputs)
+    for name in case.outputs:
+        assert got[name].shape == expected[name].shape
+        np.testing.assert_allclose(got[name], expected[name], atol=case.tolerance, rtol=1e-5)
+        assert got[name].dtype == (np.int32 if expected[name].dtype == np.int64 else expected[name].dtype)
+
+
+# families
+
+
+def planned(found: Traced, scheme: str, component: str) -> QuantPlan:
+    """A component's plan as this backend gets it."""
+    return positive(found.plan(scheme, component))
+
+
+def stored_weights(found: Traced, scheme: str) -> dict[str, Array]:
+    """Every weight as the plans round it, as float32."""
+    weights = {}
+    with WeightReader() as reader:
+        for component in found.components():
+            refs = found.variants(component)[0].weights
+            source = PlannedWeights(reader, refs, planned(found, scheme, component))
+            weights |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in refs.items()}
+    return weights
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
+    name: str, scheme: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    found = zoo.traced(name)
+    weights = stored_weights(found, scheme)
+    artifacts = {
+        component: compiled(found.variants(component), planned(found, scheme, component), tmp_path)
+        for component in found.components()
+    }
+    opened = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1, exact=True)
+    inputs = Inputs(found.contract, opened.run) if found.contract else None
+    expected = Decoder(found, weights)
+    position = 0
+    for count in (7, 5, *[1] * 12, 3, *[1] * 5):  # padded, whole and single pieces, to the last slot
+        tokens = TOKENS[position : position + count]
+        call = call_of(inputs, tokens, position)
+        got = opened.decoder.step(call.fed, position, call.rope)
+        np.testing.assert_allclose(got, expected.step(tokens, position), atol=1e-5)
+        position += count
+    assert position == CONTEXT
+    for (component, variant), model in found.parts.items():
+        if component in ("decoder", "embed"):
+            continue
+        given = {spec.name: normal(spec.shape) for spec in model.inputs}
+        features = opened.run(component, variant, given)
+        for key, want in Graph(model, weights).run(given).items():
+            np.testing.assert_allclose(features[key], want, atol=1e-4, rtol=1e-4)
+    for component, artifact in artifacts.items():
+        assert artifact.weights.keys() == found.variants(component)[0].weights.keys()
+        for key, weight in artifact.weights.items():
+            rows = read_rows(tmp_path, weight, 0, weight.shape[0])
+            np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
+    opened.decoder.close()
+    opened.close()
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4v"])
+def test_the_runtime_sees_the_signatures_that_the_canonical_graphs_promise(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced(name)
+    for (component, variant), model in found.parts.items():
+        artifact = compiled(found.variants(component), planned(found, "fp32", component), tmp_path)
+        seen = litert_runner.read_signature(tmp_path, artifact, variant)
+        assert seen.keys() == {spec.name for spec in (*model.inputs, *model.outputs)}
+        for spec in (*model.inputs, *model.outputs):
+            assert seen[spec.name].dtype == spec.dtype
+            pairs = zip(seen[spec.name].shape, spec.shape, strict=True)
+            assert all(isinstance(a, Dim) or a == b for a, b in pairs)
+        lying = replace(artifact, signatures=tuple(replace(each, inputs=()) for each in artifact.signatures))
+        assert litert_runner.read_signature(tmp_path, lying, variant).keys() > seen.keys()
+
+
+# the file
+
+
+def opened_model(artifact: Artifact, folder: Path) -> Any:
+    """The flatbuffer as objects."""
+    from ai_edge_litert import schema_py_generated as schema
+
+    return schema.ModelT.InitFromPackedBuf((folder / artifact.files[0]).read_bytes())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_signatures_share_every_weight_and_nothing_has_more_than_four_axes(
+    scheme: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    from ai_edge_litert.schema_py_generated import BuiltinOperator, TensorType
+
+    found = zoo.traced("llama")
+    assert found.checkpoint.config["tie_word_embeddings"]
+    artifact = compiled([found.model], planned(found, scheme, "decoder"), tmp_path)
+    assert [signature.name for signature in artifact.signatures] == ["decode", "prefill_4", "prefill_8"]
+    assert [signature.inputs[0].name for signature in artifact.signatures] == ["tokens"] * 3
+    assert [any(spec.name == "logits" for spec in each.outputs) for each in artifact.signatures] == [True, False, False]
+    model = opened_model(artifact, tmp_path)
+    kinds = {
+        TensorType.FLOAT32,
+        TensorType.FLOAT16,
+        TensorType.INT32,
+        TensorType.BOOL,
+        TensorType.INT8,
+        TensorType.INT4,
+    }
+    names: list[bytes] = []
+    for graph in model.subgraphs:
+        names += [tensor.name for tensor in graph.tensors]
+        for tensor in graph.tensors:
+            assert len(tensor.shape if tensor.shape is not None else ()) <= 4
+            assert tensor.type in kinds
+        made = [code.builtinCode for code in (model.operatorCodes[each.opcodeIndex] for each in graph.operators)]
+        assert made.count(BuiltinOperator.LESS) == 1  # one mask for all layers
+        assert made.count(BuiltinOperator.DYNAMIC_UPDATE_SLICE) == 2 * found.checkpoint.config["num_hidden_layers"]
+        assert BuiltinOperator.TILE not in made
+    assert len(set(names)) == len(names)
+    places = [(buffer.offset, buffer.offset + buffer.size) for buffer in model.buffers if buffer.size]
+    assert all(end <= start for (_, end), (start, _) in zip(sorted(places), sorted(places)[1:], strict=False))
+    ideal = planned(found, scheme, "decoder").ideal_bytes({n: r.shape for n, r in found.model.weights.items()})
+    assert sum(end - start for start, end in places) < 1.05 * ideal + 60_000  # tables of angles, shapes, no second copy
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int8", "int4-b32"])
+def test_two_builds_in_two_folders_have_the_same_bytes(scheme: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("glm4")
+    plan = planned(found, scheme, "decoder")
+    one, two = (compiled([found.model], plan, tmp_path / name) for name in ("one", "two"))
+    assert one == two
+    data = (tmp_path / "one" / "decoder.tflite").read_bytes()
+    assert data == (tmp_path / "two" / "decoder.tflite").read_bytes()
+    assert str(tmp_path).encode() not in data
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4-b32"])
+def test_the_fast_kernels_differ_by_the_rounding_of_activations_only(scheme: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("qwen3")
+    artifact = compiled([found.model], planned(found, scheme, "decoder"), tmp_path)
+    shipped, exact = (litert_runner.open_decoder(tmp_path, artifact, threads=1, exact=exact) for exact in (False, True))
+    noise = []
+    for position in range(0, 24, 6):
+        want = exact.step(TOKENS[position : position + 6], position)
+        noise.append(float(np.sqrt(np.mean((shipped.step(TOKENS[position : position + 6], position) - want) ** 2))))
+        assert 0 < noise[-1] < 0.05 * np.sqrt(np.mean(want**2))
+    shipped.close()
+    exact.close()
+
+
+def test_blocks_of_zeros_and_of_one_sign_get_scales_that_the_runtime_takes(tmp_path: Path) -> None:
+    from edgeexport.quant import FORMATS
+    from edgeexport.quant.weights import dequantize_rows, quantize_rows
+
+    rows = np.random.default_rng(3).standard_normal((6, 64), np.float32)
+    rows[0], rows[1], rows[2] = 0, abs(rows[1]), -abs(rows[2])
+    for name in ("int8-channel", "int4-b32"):
+        fmt = replace(FORMATS[name], positive=True)
+        values, scales = quantize_rows(rows, fmt)
+        assert (scales > 0).all()
+        assert values.min() >= -8 or fmt.bits == 8
+        step = np.repeat(scales.astype(np.float32), 64 // scales.shape[1], axis=1)
+        assert (abs(dequantize_rows(values, scales, fmt) - rows) <= 0.502 * step).all()
+
+
+@pytest.mark.parametrize("damage", ["cut", "not a flatbuffer", "missing"])
+def test_a_damaged_file_does_not_open(damage: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    artifact = compiled([found.model], planned(found, "fp16", "decoder"), tmp_path)
+    file = tmp_path / "decoder.tflite"
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:3000])
+    elif damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(b"PK" * 4000)
+    with pytest.raises(errors.BundleError, match="artifact-does-not-open"):
+        litert_runner.open_decoder(tmp_path, artifact)
+
+
+def test_blockwise_weights_are_refused_where_the_target_says_so(zoo: Zoo) -> None:
+    found = zoo.traced("llama")
+    (finding,) = litert.check(found.model, target(blockwise=False), planned(found, "int4-b32", "decoder"))
+    assert (finding.code, "--quant int8" in finding.fix) == ("op-not-lowered", True)
+
+
+def test_more_features_than_were_built_for_are_refused(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("autoglm_phone")
+    (model,) = found.variants("fusion")
+    artifact = compiled([model], planned(found, "fp32", "fusion"), tmp_path, features=5)
+    given = {spec.name: normal(spec.shape) for spec in model.inputs}
+    with pytest.raises(errors.UsageError, match="too-many-features"):
+        run(artifact, tmp_path, given)
+
+
+def normal(shape: tuple[int | Dim, ...]) -> Array:
+    """float32 numbers of order 1, seven where a size is free."""
+    sizes = [size if isinstance(size, int) else 7 for size in shape]
+    return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
