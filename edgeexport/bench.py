@@ -71,6 +71,7 @@ def bench(
             "model": manifest.model.name,
             "target": manifest.target.name,
             "quantisation": manifest.quantisation,
+            **({"runtime": opened.stand_in} if opened.stand_in else {}),
             "threads": threads or "the runtime's default",
             "prompt_tokens": prompt_tokens,
             "decode_tokens": decode_tokens,

@@ -81,6 +81,8 @@ def run(console: Console, path: Path, prompt: str | None, settings: Settings, sh
 
         check_out(shown.draw)  # before the model runs for minutes
     bundle = open_bundle(path)
+    if bundle.stand_in:
+        console.say(f"Answers are {bundle.stand_in}.")
     with bundle.session(threads=settings.threads) as session:
         conversation = Conversation(bundle, session, settings)
         with console.step("Looking and listening") if shown.images or shown.sounds else nullcontext():

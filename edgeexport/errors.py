@@ -1387,8 +1387,8 @@ def coreml_interpreted(package: str) -> Finding:
         "coreml-interpreted",
         "the ML package was run by this tool's interpreter, not by Core ML",
         package,
-        "Core ML exists on Apple's systems only; how its CPU, GPU and Neural Engine round, and what they refuse, is not "
-        "proven here",
+        "Core ML exists on Apple's systems only; how its CPU, GPU and Neural Engine round, and what they refuse, is "
+        "not proven here",
         "run the bundle's golden vectors on a Mac or an iPhone before you ship it",
     )
 

@@ -22,7 +22,7 @@ GATES: Mapping[str, tuple[str, ...]] = {
     "L1": (),
     "L2": ("max_abs",),
     "L3": ("min_snr_db",),
-    "L4": ("max_abs",),
+    "L4": ("kl", "max_abs"),
     "L5": ("kl", "max_abs", "near_tie", "top1"),
 }
 """The gates of each level that a target may override, with a `why`."""

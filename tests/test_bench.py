@@ -97,6 +97,7 @@ def test_machine_figures_are_plausible() -> None:
 def test_the_whole_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     opened = SimpleNamespace(
         session=lambda threads: Session(SlowRunner()),
+        stand_in="",
         manifest=SimpleNamespace(
             model=SimpleNamespace(name="toy"),
             target=SimpleNamespace(name="host-ort"),

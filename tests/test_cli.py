@@ -21,7 +21,20 @@ from edgeexport.console import Console
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.session.session import Session
 
-COMMANDS = ["build", "plan", "export", "parity", "verify", "inspect", "eval", "run", "bench", "targets", "ops", "doctor"]
+COMMANDS = [
+    "build",
+    "plan",
+    "export",
+    "parity",
+    "verify",
+    "inspect",
+    "eval",
+    "run",
+    "bench",
+    "targets",
+    "ops",
+    "doctor",
+]
 PASSED = ParityResult("decoder", "L1", "signatures", {}, {}, Verdict.PASS)
 FAILED = ParityResult("decoder", "L4", "logits", {"max_abs": 1.0}, {"max_abs": 1e-3}, Verdict.FAIL)
 
@@ -356,6 +369,7 @@ class Template:
 class FakeBundle:
     path = Path("dist/m")
     stop_ids = (ord("4"),)
+    stand_in = ""
 
     def __init__(self, runner: Counting) -> None:
         self.runner = runner

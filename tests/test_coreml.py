@@ -198,18 +198,21 @@ def test_signatures_are_those_of_the_canonical_graph(name: str, zoo: Zoo, tmp_pa
 @pytest.mark.parametrize("name", ["glm4", "glm4v", "autoglm_phone", "qwen2"])
 def test_coremltools_finds_the_same_types(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
     """Its loader builds every operation again, infers its type and compares it with the one that is declared."""
-    ct = coremltools()
-    from coremltools.converters.mil.frontend.milproto.load import load
-
     found = zoo.traced(name)
     for component in found.components():
         compiled(found.variants(component), found.plan(scheme, component), tmp_path)
-        package = tmp_path / f"{component}.mlpackage"
-        spec = ct.proto.Model_pb2.Model.FromString((package / MODEL).read_bytes())
-        program = load(spec, 9, str((package / WEIGHTS).parent))
-        assert set(program.functions) == {each.name for each in spec.description.functions}
-        ct.models.MLModel(str(package), skip_model_load=True)
-        shutil.rmtree(package)
+        types_are_right(tmp_path / f"{component}.mlpackage")
+        shutil.rmtree(tmp_path / f"{component}.mlpackage")
+
+
+def types_are_right(package: Path) -> None:
+    ct = coremltools()
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    spec = ct.proto.Model_pb2.Model.FromString((package / MODEL).read_bytes())
+    program = load(spec, 9, str((package / WEIGHTS).parent))
+    assert set(program.functions) == {each.name for each in spec.description.functions}
+    ct.models.MLModel(str(package), skip_model_load=True)
 
 
 def test_two_functions_share_all_weights(zoo: Zoo, tmp_path: Path) -> None:
@@ -233,14 +236,6 @@ def test_two_builds_have_the_same_bytes(scheme: str, zoo: Zoo, tmp_path: Path) -
         data = (tmp_path / "one" / name).read_bytes()
         assert data == (tmp_path / "another" / "folder" / name).read_bytes()
         assert str(tmp_path).encode() not in data
-
-
-def test_a_weight_file_beyond_the_limit_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    found = zoo.traced("llama")
-    plan = found.plan("fp16")
-    small = replace(target(), limits={"max_file_bytes": 100_000})
-    with WeightReader() as reader, pytest.raises(errors.LoweringError, match="artifact-too-large"):
-        coreml.compile([found.model], small, plan, PlannedWeights(reader, found.model.weights, plan), tmp_path)
 
 
 def test_a_package_without_coremltools_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,3 +354,46 @@ def test_the_pass_that_returns_stale_states_is_caught(tmp_path: Path) -> None:
     assert (
         program.run({"x": ones}, program.new_state())["y"][0, 0] == 0
     )  # 2, if the state had been read after the write
+
+
+# a model that is too large for one file
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4v", "autoglm_phone"])
+def test_a_decoder_in_several_packages_computes_the_same(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced(name)
+    models, plan = found.variants("decoder"), found.plan("fp16")
+    whole = compiled(models, plan, tmp_path / "whole")
+    size = (tmp_path / "whole" / "decoder.mlpackage" / WEIGHTS).stat().st_size
+    small = replace(target(), limits={"max_file_bytes": int(0.6 * size)})
+    with WeightReader() as reader:
+        source = PlannedWeights(reader, models[0].weights, plan)
+        cut = coreml.compile(models, small, plan, source, tmp_path)
+    packages = sorted({file.split("/")[0] for file in cut.files})
+    assert len(packages) >= 2 and packages == [f"decoder.{i + 1}.mlpackage" for i in range(len(packages))]
+    assert all((tmp_path / package / WEIGHTS).stat().st_size <= small.limits["max_file_bytes"] for package in packages)
+    assert cut.weights.keys() == whole.weights.keys()
+    for package in packages:
+        types_are_right(tmp_path / package)
+    first, second = (
+        coreml_runner.open_decoder(folder, artifact)
+        for folder, artifact in ((tmp_path / "whole", whole), (tmp_path, cut))
+    )
+    inputs = Decoder(found, stored(models, plan) | embedding(found))
+    for one, other in zip(stepped(first, inputs), stepped(second, inputs), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert coreml_runner.read_signature(tmp_path, cut) == coreml_runner.read_signature(tmp_path / "whole", whole)
+
+
+def embedding(found: Traced) -> dict[str, Array]:
+    if "embed" not in found.components():
+        return {}
+    return stored(found.variants("embed"), found.plan("fp16", "embed"))
+
+
+def test_a_stage_that_fits_no_file_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    plan = found.plan("fp16")
+    small = replace(target(), limits={"max_file_bytes": 20_000})
+    with WeightReader() as reader, pytest.raises(errors.LoweringError, match="artifact-too-large"):
+        coreml.compile([found.model], small, plan, PlannedWeights(reader, found.model.weights, plan), tmp_path)

@@ -49,7 +49,7 @@ def test_eval_runs_a_function_and_writes_what_it_gives(
 ) -> None:
     np.savez(tmp_path / "x.npz", x=X)
     document = printed(capsys, "eval", str(package), "--inputs", str(tmp_path / "x.npz"), "-o", str(tmp_path / "y.npz"))
-    assert "not Apple's runtime" in document["runtime"]
+    assert "not by Apple's runtime" in document["runtime"]
     with np.load(tmp_path / "y.npz") as outputs:
         np.testing.assert_array_equal(outputs["y0"], (X @ np.ones((3, 4))) + 1)
     assert document["outputs"][0]["max"] == 13
@@ -68,3 +68,10 @@ def test_a_package_that_is_none_is_an_error(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "none.mlpackage").mkdir()
     assert execute(["inspect", str(tmp_path / "none.mlpackage")]) == 8
     assert "mlpackage-damaged" in capsys.readouterr().err
+
+
+def test_what_is_interpreted_says_so() -> None:
+    from edgeexport import backends
+    from edgeexport.backends import coreml_inspect
+
+    assert backends.load_runner("coreml").RUNTIME == coreml_inspect.RUNTIME

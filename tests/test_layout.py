@@ -34,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "canonical": BASE,
     "quant": BASE | {"packing", "checkpoint.weights"},
     "backends": BASE | {"packing", "canonical.dialect"},
+    "backends.litert_cache": {"paths"},
     "session": BASE,
     "bundle": BASE | {"session", "backends", "paths"},
     "parity": BASE
@@ -59,6 +60,7 @@ SEES_ALL = {"pipeline", "steps", "job", "shipping", "cli", "cli_show", "cli_chat
 
 BUILD_ROOMS = {
     "backends.coreml_lowering",
+    "backends.coreml_parts",
     "backends.litert_lowering",
     "backends.onnxruntime_lowering",
     "canonical.passes",

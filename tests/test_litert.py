@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 from cases.ops import OPS, OpCase
-from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of
+from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of, traced, write_checkpoint
 from test_backend_ops import build, oracle
 
-from edgeexport import errors, targets
+from edgeexport import errors, families, targets
 from edgeexport.backends import litert, litert_runner
 from edgeexport.backends.storage import read_rows
 from edgeexport.bundle.artifacts import OpenArtifacts
@@ -260,6 +262,46 @@ def test_a_damaged_file_does_not_open(damage: str, zoo: Zoo, tmp_path: Path) -> 
         file.write_bytes(b"PK" * 4000)
     with pytest.raises(errors.BundleError, match="artifact-does-not-open"):
         litert_runner.open_decoder(tmp_path, artifact)
+
+
+def test_packed_weights_of_another_model_are_never_used(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, first = shipped_llama(tmp_path / "a", seed=1)
+    other, second = shipped_llama(tmp_path / "b", seed=2)
+    assert (answer(bundle, first), answer(bundle, first)) == (answer(bundle, first),) * 2  # packed, then as kept
+    kept = {path.name for path in (own_cache / "xnnpack").iterdir()}
+    assert len(kept) == 1
+
+    moved = (other / "decoder.tflite").read_bytes()
+    (bundle / "decoder.tflite").write_bytes(moved)  # the same shapes, and a manifest that does not know
+    want = answer(other, second)
+    assert answer(bundle, second) == want
+    (bundle / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
+    assert answer(bundle, second) == want
+
+    from edgeexport.backends import litert_cache
+
+    stale = own_cache / "xnnpack" / kept.pop()
+    monkeypatch.setattr(litert_cache, "_kept", lambda model: stale)
+    assert answer(bundle, second) != want, "the runtime notices now: the names of kept files may be simpler"
+
+
+def shipped_llama(folder: Path, seed: int) -> tuple[Path, Artifact]:
+    """A folder as a bundle's, with a tiny decoder and a manifest that names its digest."""
+    found = traced(write_checkpoint(folder / "model", families.find("llama").tiny, seed=seed))
+    artifact = compiled([found.model], planned(found, "int8", "decoder"), folder)
+    digest = hashlib.sha256((folder / "decoder.tflite").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps({"files": {"decoder.tflite": {"sha256": digest}}}))
+    return folder, artifact
+
+
+def answer(folder: Path, artifact: Artifact, *, exact: bool = False) -> list[float]:
+    """Logits after a few tokens."""
+    decoder = litert_runner.open_decoder(folder, artifact, threads=1, exact=exact)
+    logits = decoder.step(TOKENS[:6], 0).tolist()
+    decoder.close()
+    return list(logits)
 
 
 def test_blockwise_weights_are_refused_where_the_target_says_so(zoo: Zoo) -> None:

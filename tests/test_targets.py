@@ -101,7 +101,7 @@ def test_an_unknown_name_gets_suggestions(name: str, tmp_path: Path, monkeypatch
         ("max_file_bytes = 1000", "max_file_byte = 1000", "unknown-key mine.toml:11: "),
         ("max_file_bytes = 1000", "max_file_bytes = -1", "bad-target mine.toml:11: "),
         ("[parity.L4]", "[parity.L6]", "unknown-key mine.toml:13: "),
-        ("max_abs = 0.01", "kl = 0.01", "unknown-key mine.toml:14: "),
+        ("max_abs = 0.01", "top1 = 0.01", "unknown-key mine.toml:14: "),
         ("max_abs = 0.01", "max_abs = nan", "bad-target mine.toml:14: "),
         ("accuracy_level = 1", "accuracy = 1", "unknown-key mine.toml:18: "),
         ("accuracy_level = 1", "accuracy_level = true", "bad-target mine.toml:18: "),

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from edgeexport import errors
 from edgeexport.backends.coreml_mil import identifier
@@ -20,6 +21,7 @@ from edgeexport.core import (
     Progress,
     QuantPlan,
     Signature,
+    StoredWeight,
     Target,
     TensorSpec,
     WeightSource,
@@ -93,40 +95,48 @@ def compile(
     work: Path,
     progress: Progress = no_progress,
 ) -> Artifact:
-    """Write `<component>.mlpackage` into `work`: a function for each variant, or for one and for several tokens.
+    """Write `<component>.mlpackage` into `work`: a function for each variant, or for one and for several tokens. Where
+    the weights are more than one file may hold, they are several packages, `<component>.1.mlpackage` and so on.
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored; LoweringError
     `coreml-unsafe-program`, `artifact-too-large`.
     """
-    from edgeexport.backends import coreml_lints, coreml_lowering, coreml_package
+    from edgeexport.backends import coreml_lints, coreml_lowering, coreml_package, coreml_parts
 
-    options = Options(**target.options)
-    name = f"{models[0].component}.mlpackage"
-    layout = coreml_package.BlobLayout(f"{name}/{coreml_package.WEIGHTS}")
-    weights = coreml_lowering.Weights(layout)
-    functions = []
-    signatures = []
-    for model in models:
-        for signature, sizes in _functions(model, options):
-            named = function_name(signature)
-            functions.append(coreml_lowering.Lowering(model, plan, weights, OPS, named, sizes).run())
-            signatures.append(_signature(model, signature, sizes, f"{name}/{coreml_package.MANIFEST}"))
-    program = coreml_lowering.program(functions)
-    if found := coreml_lints.unsafe(program):
-        raise errors.LoweringError(*found)
-    limit = target.limits.get("max_file_bytes")
-    if limit is not None and layout.size > limit:
-        raise errors.artifact_too_large(target.name, layout.size, limit)
-    files = coreml_package.write(work, name, program, layout, source, progress)
+    options, limit = Options(**target.options), target.limits.get("max_file_bytes")
+    component = models[0].component
+    parts = coreml_parts.cut(models[0], plan, limit, target.name) if len(models) == 1 else [None]
+    files: list[str] = []
+    signatures: list[Signature] = []
+    stored: dict[str, StoredWeight] = {}
+    for number, part in enumerate(parts, start=1):
+        name = f"{component}.{number}.mlpackage" if len(parts) > 1 else f"{component}.mlpackage"
+        layout = coreml_package.BlobLayout(f"{name}/{coreml_package.WEIGHTS}")
+        weights = coreml_lowering.Weights(layout)
+        functions = []
+        for model in models:
+            for signature, sizes in _functions(model, options):
+                named = function_name(signature)
+                lowered = coreml_lowering.Lowering(model, plan, weights, OPS, named, sizes, part).run()
+                functions.append(lowered)
+                label = f"{signature}.{number}" if len(parts) > 1 else signature
+                signatures.append(_signature(model, label, lowered[1], f"{name}/{coreml_package.MANIFEST}"))
+        program = coreml_lowering.program(functions)
+        if found := coreml_lints.unsafe(program):
+            raise errors.LoweringError(*found)
+        if limit is not None and layout.size > limit:
+            raise errors.artifact_too_large(target.name, layout.size, limit)
+        files += coreml_package.write(work, name, program, layout, source, progress)
+        stored |= layout.weights
     return Artifact(
-        component=models[0].component,
+        component=component,
         backend=NAME,
-        files=files,
+        files=tuple(files),
         signatures=tuple(signatures),
         state=models[0].state,
-        weights=layout.weights,
+        weights=stored,
         tools=versions(),
-        findings=(errors.coreml_interpreted(name),),
+        findings=(errors.coreml_interpreted(f"{component}.mlpackage"),),
     )
 
 
@@ -146,17 +156,25 @@ def _functions(model: CanonicalModel, options: Options) -> list[tuple[str, dict[
     return found if piece > 1 else found[:1]
 
 
-def _signature(model: CanonicalModel, name: str, sizes: Mapping[str, int], file: str) -> Signature:
-    """A function as the package has it: whole numbers are int32, states float16, other numbers float32."""
-    states = {each for pair in model.state for each in pair}
+def _signature(model: CanonicalModel, name: str, description: Any, file: str) -> Signature:
+    """A function as the package describes it, its values by the canonical graph's names where they have one."""
+    names = {identifier(spec.name): spec.name for spec in (*model.inputs, *model.outputs)}
+    presents = dict(model.state)
 
-    def spec(each: TensorSpec) -> TensorSpec:
-        dtype = FLOAT if each.name in states else HOST_TYPES[each.dtype]
-        return TensorSpec(each.name, dtype, sized(each, sizes))
+    def spec(feature: Any, array: Any, own: str = "") -> TensorSpec:
+        kind = array.ArrayDataType.Name(array.dataType).lower()
+        return TensorSpec(own or names.get(feature.name, feature.name), kind, tuple(int(size) for size in array.shape))
 
-    inputs = [spec(each) for each in model.inputs]
-    inputs += [TensorSpec(each, "int32", (1,)) for each in added_inputs(model, sizes)]
-    return Signature(name, tuple(inputs), tuple(spec(each) for each in model.outputs), file)
+    states = [(each, each.type.stateType.arrayType) for each in description.state]
+    return Signature(
+        name,
+        tuple([spec(each, each.type.multiArrayType) for each in description.input] + [spec(*each) for each in states]),
+        tuple(
+            [spec(each, each.type.multiArrayType) for each in description.output]
+            + [spec(*each, presents[names[each[0].name]]) for each in states]
+        ),
+        file,
+    )
 
 
 def sized(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from edgeexport.backends.coreml_package import Package
 from edgeexport.core import Array
 
 SUFFIX = ".mlpackage"
-RUNTIME = "interpreted on this computer, not Apple's runtime"
+RUNTIME = "interpreted on this computer, not by Apple's runtime"
 MOST_VALUES = 8
 """Numbers of an output that are shown."""
 

@@ -25,8 +25,8 @@ OPS: Mapping[str, Callable[..., Any]] = coreml_interpreter_nn.OPS
 STATE_OPS = ("read_state", "write_state")
 LAZY_ELEMENTS = 1 << 16
 """Weights from here on are read when they are first used, and kept while there is room."""
-ROOM = 4 << 30
-"""Bytes of float32 weights that are kept."""
+ROOM = 1 << 30
+"""Bytes of float32 weights that are kept: with all else a build of a large model stays below 2 GB."""
 BLOCK_ELEMENTS = 1 << 22
 """Elements of a weight that is not kept, read at a time."""
 MAX_STATE_BYTES = 1 << 36

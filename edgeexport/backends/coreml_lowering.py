@@ -19,6 +19,7 @@ from edgeexport.backends import coreml_mil as mil
 from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST, TOKENS, added_inputs, count_of, sized
 from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, record_of
+from edgeexport.backends.coreml_parts import Part
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import constant, stored
 from edgeexport.core import Array, CanonicalModel, Dim, QuantPlan, TensorSpec
@@ -57,7 +58,7 @@ class Weights:
 
 
 class Lowering:
-    """One function of a component, in which the model's symbolic dimensions have these sizes."""
+    """One function of a component, or of one part of it, in which symbolic dimensions have these sizes."""
 
     def __init__(
         self,
@@ -67,6 +68,7 @@ class Lowering:
         table: OpTable,
         name: str,
         sizes: Mapping[str, int],
+        part: Part | None = None,
     ) -> None:
         self.model, self.plan, self.table = model, plan, table
         self.name, self.tokens = name, sizes.get(TOKENS, 0)
@@ -79,26 +81,32 @@ class Lowering:
         self.counts: dict[int, Value] = {}
         """By size of a padded dimension: how much of it is valid, int32 [1]."""
         self._sizes = sizes
+        self._part = part
+        self._placeholders: dict[ir.Value, Value] = {}
         self._weights = weights
         self._operations: list[Any] = []
         self._names: set[str] = set()
         self._constants: dict[tuple[Any, ...], str] = {}
         self._read: dict[str, Value] = {}
+        self._stored: dict[str, Value] = {}
 
     def run(self) -> tuple[Any, Any]:
         """(Function, FunctionDescription) of the component."""
         graph: ir.Graph = self.model.graph.graph
         inputs = self._inputs(graph)
         for node in graph:
-            row = self.table.get(node.op_type)
-            assert row is not None and row.lower is not None, "checked before"
-            row.lower(node, self)
+            if self._is_here(node):
+                self._lower(node)
         replaced = {present for _, present in self.model.state}
         outputs = [
             self._output(self.value(value), spec)
             for value, spec in zip(graph.outputs, self.model.outputs, strict=True)
-            if spec.name not in replaced
+            if spec.name not in replaced and self._is_here(value.producer())
         ]
+        outputs += [self.materialised(self.value(value)) for value in (self._part.gives if self._part else ())]
+        read = {binding.name for each in self._operations for a in each.inputs.values() for binding in a.arguments}
+        inputs = [value for value in inputs if value.name in read]
+        self.states = {old: value for old, value in self.states.items() if value.name in read}
         mil_pb2 = mil.protobuf().mil
         function = mil_pb2.Function(opset=mil.OPSET)
         for value in (*inputs, *self.states.values()):
@@ -114,8 +122,13 @@ class Lowering:
     def value(self, old: ir.Value | None) -> Value:
         """What stands for a value of the model: a result, a weight as float16, a constant."""
         assert old is not None, "an input that the dialect requires"
+        if old in self._placeholders and old not in self.values:
+            self.values[old] = self._narrowed(self._placeholders[old])
+        producer = old.producer()
+        weight = stored(old)
+        if old not in self.values and producer is not None and weight is None:
+            self._lower(producer)  # of another part, and made of whole-numbered inputs alone
         if old not in self.values:
-            weight = stored(old)
             if weight is not None and weight.name in self.model.weights:
                 self.values[old] = self.weight(str(weight.name))
             else:
@@ -154,9 +167,19 @@ class Lowering:
             element = f"float{fmt.bits}"
             made = self._const(name, mil.in_file(WEIGHTS_IN_PROGRAM, at, element, ref.shape), ref.shape, element)
             if element != FLOAT:
+                self._stored[name] = made
                 made = self.emit("cast", {"x": made, "dtype": "fp16"}, ref.shape, name=f"{name}_fp16")
         self._read[name] = made
         return made
+
+    def single(self, old: ir.Value | None) -> Value:
+        """A weight or a constant as float32, as precise as it is stored: for numbers that are combined before use."""
+        weight, found = stored(old), self.value(old)
+        if weight is not None and weight.name in self._stored:
+            return self._stored[str(weight.name)]
+        if found.known is not None:
+            return self.materialised(found, "float32")
+        return self.emit("cast", {"x": found, "dtype": "fp32"}, found.shape, "float32", name=f"{found.name}_fp32")
 
     def is_constant_expression(self, name: str) -> bool:
         """Whether a weight reaches operations as a constant, which some of their parameters must be."""
@@ -257,7 +280,10 @@ class Lowering:
                 continue
             value = Value(self._unique(spec.name), shape, HOST_TYPES[spec.dtype])
             made.append(value)
-            self.values[old] = self._narrowed(value)
+            self._placeholders[old] = value
+        for old in self._part.takes if self._part else ():
+            made.append(Value(self._unique(str(old.name)), self._shape(old), FLOAT))
+            self._placeholders[old] = made[-1]
         for name in added_inputs(self.model, self._sizes):
             value = Value(self._unique(name), (1,), "int32")
             made.append(value)
@@ -269,6 +295,19 @@ class Lowering:
                     count = identifier(count_of(spec.name))
                     self.counts[self._sizes[size.name]] = next(value for value in made if value.name == count)
         return made
+
+    def _is_here(self, node: ir.Node | None) -> bool:
+        return self._part is None or node in self._part.nodes
+
+    def _lower(self, node: ir.Node) -> None:
+        row = self.table.get(node.op_type)
+        assert row is not None and row.lower is not None, "checked before"
+        row.lower(node, self)
+
+    def _shape(self, value: ir.Value) -> tuple[int, ...]:
+        """The shape of an activation: what is symbolic is the number of tokens."""
+        assert value.shape is not None, f"{value.name} has a shape"
+        return tuple(size if isinstance(size, int) else self.tokens for size in value.shape)
 
     def _narrowed(self, value: Value) -> Value:
         if value.dtype != "float32":

@@ -208,16 +208,22 @@ def layer_norm(node: ir.Node, ctx: Lowering) -> None:
     _set(ctx, node, made)
 
 
-@OPS.lower("BatchNormalization", note="(x - mean) * (weight * rsqrt(variance + epsilon)) + bias")
+@OPS.lower("BatchNormalization", note="x * scale + shift, these two computed in float32 from the four vectors")
 def batch_norm(node: ir.Node, ctx: Lowering) -> None:
     x, name = ctx.materialised(ctx.value(node.inputs[0])), _label(node)
-    gamma, beta, mean, variance = (_per_channel(ctx, each, len(x.shape)) for each in node.inputs[1:5])
-    epsilon = np.array(attribute(node, "epsilon", 1e-5), np.float16)
-    spread = ctx.emit("rsqrt", {"x": variance, "epsilon": epsilon}, variance.shape, name=f"{name}_spread")
-    scale = ctx.emit("mul", {"x": gamma, "y": spread}, gamma.shape, name=f"{name}_scale")
-    centred = ctx.emit("sub", {"x": x, "y": mean}, x.shape, name=f"{name}_centred")
-    scaled = ctx.emit("mul", {"x": centred, "y": scale}, x.shape, name=f"{name}_scaled")
-    _set(ctx, node, ctx.emit("add", {"x": scaled, "y": beta}, x.shape, name=name))
+    gamma, beta, mean, variance = (ctx.single(each) for each in node.inputs[1:5])
+    vector, single = gamma.shape, "float32"
+    epsilon = np.array(attribute(node, "epsilon", 1e-5), np.float32)
+    spread = ctx.emit("rsqrt", {"x": variance, "epsilon": epsilon}, vector, single, f"{name}_spread")
+    scale = ctx.emit("mul", {"x": gamma, "y": spread}, vector, single, f"{name}_scale")
+    moved = ctx.emit("mul", {"x": mean, "y": scale}, vector, single, f"{name}_moved")
+    shift = ctx.emit("sub", {"x": beta, "y": moved}, vector, single, f"{name}_shift")
+    shape = (1, vector[0], *[1] * (len(x.shape) - 2))
+    for op, factor in (("mul", scale), ("add", shift)):
+        half = ctx.emit("cast", {"x": factor, "dtype": "fp16"}, vector, name=f"{factor.name}_fp16")
+        half = ctx.emit("reshape", {"x": half, "shape": _vector(shape)}, shape, name=f"{factor.name}_channels")
+        x = ctx.emit(op, {"x": x, "y": half}, x.shape, name=f"{name}_{op}")
+    _set(ctx, node, x)
 
 
 # attention

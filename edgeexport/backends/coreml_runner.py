@@ -6,8 +6,9 @@ writes into the cache is overwritten before any token may see it.
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,30 +18,31 @@ import numpy.typing as npt
 
 from edgeexport import errors
 from edgeexport.backends.coreml import DECODE, LAST, PREFILL, STEP, count_of, function_name
-from edgeexport.backends.coreml_interpreter import Function, Interpreter
+from edgeexport.backends.coreml_interpreter import ROOM, Function, Interpreter
 from edgeexport.backends.coreml_mil import Type, identifier
 from edgeexport.backends.coreml_package import package_of
 from edgeexport.core import Array, Dim, TensorSpec
 
-RUNTIME = "interpreted on this computer, not Apple's runtime"
+RUNTIME = "interpreted on this computer, not by Apple's runtime"
 WIDER = {"int32": "int64", "float16": "float32"}
 """What the runner takes and gives for the package's own types, so that a session sees those of the canonical graph."""
 
 
 class InterpretedDecoder:
-    """One decoder at batch 1."""
+    """One decoder at batch 1, in one package or in several that run one after the other."""
 
-    def __init__(self, package: Path, *, threads: int | None, exact: bool) -> None:
-        self._interpreter = Interpreter(package, exact=exact)
+    def __init__(self, packages: Sequence[Path], *, threads: int | None, exact: bool) -> None:
         self._limit = _limit(threads)
-        self._decode = self._interpreter.function(DECODE)
-        self._prefill = self._interpreter.function(PREFILL) if PREFILL in self._interpreter.package.functions else None
-        self._state = self._interpreter.new_state(DECODE)
-        self.context = _sizes(next(iter(self._decode.states.values())))[2]
-        self.vocab = _sizes(self._decode.outputs["logits"])[-1]
+        self._parts = [Interpreter(package, exact=exact, room=ROOM // len(packages)) for package in packages]
+        self._states = [part.new_state(DECODE) for part in self._parts]
+        one = [part.function(DECODE) for part in self._parts]
+        self._fed = "input_ids" if "input_ids" in one[0].inputs else "inputs_embeds"
+        self._piece = 1
+        if PREFILL in self._parts[0].package.functions:
+            self._piece = _sizes(self._parts[0].function(PREFILL).inputs[self._fed])[1]
+        self.context = _sizes(next(kind for each in one for kind in each.states.values()))[2]
+        self.vocab = _sizes(one[-1].outputs["logits"])[-1]
         self.runtime_seconds = 0.0
-        self._fed = "input_ids" if "input_ids" in self._decode.inputs else "inputs_embeds"
-        self._piece = _sizes(self._prefill.inputs[self._fed])[1] if self._prefill else 1
 
     def step(self, fed: Array, position: int, rope: Array | None = None) -> npt.NDArray[np.float32]:
         """Write T tokens at cache slots position..; logits [V] of the last one.
@@ -54,7 +56,7 @@ class InterpretedDecoder:
         while done < len(fed):
             at, rest = position + done, len(fed) - done
             # A piece that would reach beyond the cache goes token by token: no slot may be written twice.
-            several = rest > 1 and at + self._piece <= self.context
+            several = rest > 1 and self._piece > 1 and at + self._piece <= self.context
             count = min(rest, self._piece) if several else 1
             turned = None if rope is None else rope[:, done : done + count]
             logits = self._run(fed[done : done + count], at, turned, several=several)
@@ -64,19 +66,20 @@ class InterpretedDecoder:
 
     def close(self) -> None:
         """Let the weights and the cache go."""
-        self._state.clear()
-        del self._interpreter
+        self._states.clear()
+        self._parts.clear()
 
     def _run(self, fed: Array, position: int, rope: Array | None, *, several: bool) -> npt.NDArray[np.float32]:
         size = self._piece if several else 1
-        inputs = {self._fed: _padded(fed, 0, size)[None], "position": np.array([position], np.int32)}
+        values = {self._fed: _padded(fed, 0, size)[None], "position": np.array([position], np.int32)}
         if rope is not None:
-            inputs["rope_positions"] = _padded(rope, 1, size)[:, None]
+            values["rope_positions"] = _padded(rope, 1, size)[:, None]
         if several:
-            inputs[LAST] = np.array([len(fed) - 1], np.int32)
+            values[LAST] = np.array([len(fed) - 1], np.int32)
         with self._limit():
-            outputs = self._interpreter.run(inputs, self._state, PREFILL if several else DECODE)
-        logits: npt.NDArray[np.float32] = outputs["logits"][0, 0]
+            for part, state in zip(self._parts, self._states, strict=True):
+                values |= part.run(values, state, PREFILL if several else DECODE)
+        logits: npt.NDArray[np.float32] = values["logits"][0, 0]
         return logits
 
 
@@ -142,14 +145,14 @@ def open_decoder(
 
     Raises: BundleError `mlpackage-damaged`, `mlpackage-op-unknown`.
     """
-    return InterpretedDecoder(package_of(folder / _file(component, DECODE)), threads=threads, exact=exact)
+    return InterpretedDecoder(_packages(folder, component, DECODE), threads=threads, exact=exact)
 
 
 def open_graph(
     folder: Path, component: Any, variant: str = "", *, threads: int | None = None, exact: bool = False
 ) -> InterpretedGraph:
     """Open a component without state, or one variant of it; as `open_decoder`. Raises also `bundle-no-variant`."""
-    return InterpretedGraph(package_of(folder / _file(component, variant)), variant, threads=threads, exact=exact)
+    return InterpretedGraph(_packages(folder, component, variant)[0], variant, threads=threads, exact=exact)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
@@ -158,27 +161,26 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
     A state is the input and the output that it replaces. Where there is a function for one token and one for several,
     their number is symbolic. Raises: BundleError `mlpackage-damaged`, `bundle-no-variant`.
     """
-    interpreter = Interpreter(package_of(folder / _file(component, variant)))
-    main, larger = _functions(interpreter, variant)
     names = {
         identifier(spec.name): spec.name for each in component.signatures for spec in (*each.inputs, *each.outputs)
     }
     replaced = {identifier(past): present for past, present in component.state}
+    parts = []
+    for package in _packages(folder, component, variant):
+        main, larger = _functions(Interpreter(package), variant)
+        parts.append(((main.inputs, larger.inputs), (main.outputs, larger.outputs), (main.states, larger.states)))
+    passed = {name for _, (made, _), _ in parts for name in made} & {name for (taken, _), *_ in parts for name in taken}
+    own = {count_of(name) for (taken, _), *_ in parts for name in taken}
     found = {}
-    for group, others in (
-        (main.inputs, larger.inputs), (main.outputs, larger.outputs), (main.states, larger.states)
-    ):  # fmt: skip
-        for name, kind in group.items():
-            if name.removesuffix("_count") in main.inputs and name != name.removesuffix("_count"):
-                continue  # the runner's own
+    for group, others in (pair for part in parts for pair in part):
+        for name in group.keys() - passed - own:
             sizes = [
                 size if size == other else Dim("T", 1, other)
-                for size, other in zip(_sizes(kind), _sizes(others[name]), strict=True)
+                for size, other in zip(_sizes(group[name]), _sizes(others[name]), strict=True)
             ]
-            own = names.get(name, name)
-            dtype = WIDER.get(kind.element.name, kind.element.name)
-            for each in (own, replaced[name]) if name in replaced else (own,):
-                found[each] = TensorSpec(each, dtype, tuple(sizes))
+            kind, plain = group[name].element.name, names.get(name, name)
+            for each in (plain, replaced[name]) if name in replaced else (plain,):
+                found[each] = TensorSpec(each, WIDER.get(kind, kind), tuple(sizes))
     return found
 
 
@@ -196,12 +198,14 @@ def _limit(threads: int | None) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: controller.limit(limits=threads or 1, user_api="blas")
 
 
-def _file(component: Any, signature: str) -> str:
-    """The package that has a signature. Raises: BundleError `bundle-no-variant`."""
+def _packages(folder: Path, component: Any, signature: str) -> list[Path]:
+    """The packages that have a signature, in the order in which they run. Raises: BundleError `bundle-no-variant`."""
     files = {each.name: str(each.file) for each in component.signatures}
-    for name in (signature or STEP, DECODE):
-        if name in files:
-            return files[name]
+    wanted = signature or STEP
+    for name in (wanted, DECODE):
+        found = [file for each, file in files.items() if each == name or re.fullmatch(rf"{re.escape(name)}\.\d+", each)]
+        if found:
+            return [package_of(folder / file) for file in dict.fromkeys(found)]
     raise errors.bundle_no_variant(_named(component), signature, files)
 
 

@@ -358,13 +358,8 @@ def _look_up(ctx: Lowering, name: str, indices: Tensor) -> Tensor:
     flat = ctx.reshape(indices, (count,))
     if fmt.integer:
         rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, table], (count, *table.shape[1:]), version=4)
-    elif fmt.bits == 32:
-        rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, table], (count, *table.shape[1:]))
     else:
-        half = ctx.graph.emit(
-            "GATHER", [table, flat], (count, *table.shape[1:]), "GatherOptions", dtype="float16", axis=0
-        )
-        rows = ctx.widened(half)
+        rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, ctx.float_weight(name)], (count, *table.shape[1:]))
     return ctx.reshape(rows, (*indices.shape, *table.shape[1:]))
 
 

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
+from edgeexport.backends.litert_cache import weight_cache
 from edgeexport.backends.litert_names import COUNT, DECODE, STEP, canonical_name, canonical_spec, length_of
 from edgeexport.core import Array, TensorSpec
 
@@ -310,7 +311,8 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
     mode = CpuKernelMode.DELEGATE if run else CpuKernelMode.BUILTIN
     cpu = CpuOptions(num_threads=threads or len(os.sched_getaffinity(0)), kernel_mode=mode)
     try:
-        with _quiet():
+        with _quiet(), weight_cache(path) if run else nullcontext("") as packed:
+            cpu.xnnpack_weight_cache_path = str(packed)
             return CompiledModel.from_file(
                 str(path), options=Options(hardware_accelerators=HardwareAccelerator.CPU, cpu_options=cpu)
             )

@@ -34,6 +34,13 @@ class Bundle:
         """Token ids that end an answer, ascending."""
         return self.manifest.text.stop_ids if self.manifest.text is not None else ()
 
+    @property
+    def stand_in(self) -> str:
+        """What runs the decoder on this computer, in words, where it is not the runtime that it is deployed to."""
+        from edgeexport.backends import load_runner
+
+        return str(getattr(load_runner(self.component("decoder").backend), "RUNTIME", ""))
+
     def session(self, threads: int | None = None) -> Session:
         """Open the decoder, and the embedding where it is apart. An encoder is opened when the first picture or sound
         is given to it: a session of text alone never touches the files of the others. `threads`: None lets the runtime

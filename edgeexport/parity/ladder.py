@@ -174,6 +174,7 @@ def _lowering(evidence: Evidence, state: Climb) -> None:
         if rounds:
             kl = float(kl_divergence(want, shipped.logits[sequence.name]).mean())
             most, least = (table[_kind(subject.decoder)] for table in (gates.SHIPPED_KL, gates.SHIPPED_SNR_DB))
+            most = gates.gate(subject.overrides, "L4", "kl", most)
             noise = snr_db(want, shipped.logits[sequence.name])
             metrics = {"kl": kl, "snr_db": noise, "max_abs": off, "steps": len(want)}
             title = _title("logits, as shipped", sequence)
@@ -220,9 +221,16 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
         state.results.append(row if decided else replace(row, verdict=Verdict.AMBIGUOUS))
     limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[kind])
     for sequence in evidence.sequences:
-        kl = float(kl_divergence(oracle.logits[sequence.name], shipped.logits[sequence.name]).mean())
+        steps = kl_divergence(oracle.logits[sequence.name], shipped.logits[sequence.name])
         title = _title("logits, against transformers", sequence)
-        state.results.append(_row(DECODER, "L5", title, {"kl": kl}, {"kl": limit}, kl <= limit))
+        if sequence.example.encoder_inputs:
+            # What follows such a prompt is unlike anything a model saw: single steps would outweigh all others.
+            kl, mean = float(np.median(steps)), float(steps.mean())
+            row = _row(DECODER, "L5", title, {"kl_median": kl, "kl": mean}, {"kl_median": limit}, kl <= limit)
+        else:
+            kl = float(steps.mean())
+            row = _row(DECODER, "L5", title, {"kl": kl}, {"kl": limit}, kl <= limit)
+        state.results.append(row)
 
 
 def _features_row(

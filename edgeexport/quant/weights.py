@@ -8,6 +8,10 @@ values are chosen, so that what is stored is exactly what was judged.
            On SmolLM2-135M this gains 1.2-1.3 dB over magnitude / 7 and 0.7 dB over the best positive scale.
            Where a runtime takes positive scales alone: the least that clips nothing, lowest / -8 or highest / 7.
     int8   scale = magnitude / 127, values -127..127 (llama.cpp's Q8_0).
+
+No number is clipped, though that would lower the squared error: with one int4 scale per row, the scale of least error
+gains 1.9 dB on SmolLM2-135M's weights and raises the KL to transformers from 0.9 to 2.6 nats. The few large weights
+meet the few large activations.
 """
 
 from __future__ import annotations
