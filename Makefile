@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/edgeexport run $(MINI) --audio dist/samples/word.wav --prompt "Which word do you hear?"
 	$(BIN)/edgeexport run $(MINI) --image dist/samples/digit.png --audio dist/samples/word.wav \
 	  --prompt "Which digit do you see and which do you hear?"
-	$(BIN)/edgeexport run $(MINI) --prompt "What is the capital of France?"
+	$(BIN)/edgeexport run $(MINI) --prompt "What is the capital of France?" --max-tokens 8
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 -m "$(TESTS)"

@@ -1234,7 +1234,8 @@ def missing_package(package: str, extra: str) -> ToolError:
             "missing-package",
             f"the package {package} is not installed",
             package,
-            f"this command needs the extra [{extra}]; verify, inspect, run and bench do not",
+            f"this command needs the extra [{extra}]"
+            + ("; verify, inspect, run and bench do not" if extra == "build" else ""),
             f"pip install 'edgeexport[{extra}]'",
         )
     )

@@ -340,7 +340,7 @@ def lesson() -> tuple[AutoGLMPhone, learning.Learner, data.Split, Any]:
     with torch.no_grad():  # fresh weights are so small that a decoder says the same to everything
         for value in model.decoder.parameters():
             value.copy_(0.3 * torch.randn_like(value) if value.ndim > 1 else value)
-    learner = learning.Learner(model, LetterPrompts())
+    learner = learning.Learner(model, copy.deepcopy(model.decoder), LetterPrompts())
     generator = np.random.default_rng(0)
 
     def picture(label: str) -> data.Picture:
@@ -495,3 +495,17 @@ def test_the_adaptor_answers_what_it_has_not_seen(own_cache: Path) -> None:
     missing = learner.load_state_dict(trained, strict=False)
     assert (missing.missing_keys, missing.unexpected_keys) == (["codes"], [])
     assert all(right >= 0.75 for right in judge(learner, items, features).values())
+
+
+@pytest.mark.real
+def test_the_int4_bundle_answers_as_well_as_the_model_it_was_made_from(tmp_path: Path) -> None:
+    """Twelve questions of each task; `make bench-mini` asks all, docs/autoglm-phone-mini.md has the figures."""
+    from edgeexport import build, open_bundle
+    from edgeexport.families.autoglm_phone.evaluate import answerer
+
+    items = data.part_of(data.held_out_items(data.held_out_split()), 12)
+    bundle = open_bundle(build("autoglm-phone-mini", "host-ort", tmp_path, quant="int4-b32", parity="L1").bundle)
+    with bundle.session() as session:
+        right = data.accuracy(items, answerer(bundle, session))
+    assert right.keys() == set(data.TASKS)
+    assert all(share >= 0.75 for share in right.values()), right

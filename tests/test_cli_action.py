@@ -60,6 +60,7 @@ def encoders(component: str, variant: str, inputs: Mapping[str, Array]) -> Mappi
 class Bundle:
     path = Path("dist/m")
     stop_ids = (STOP,)
+    stand_in = ""
 
     def __init__(self, runner: Scripted) -> None:
         self.runner = runner

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 from mlpackages import builder, coremltools
 from torch import nn
@@ -156,10 +156,13 @@ def test_random_programs_mean_what_coremltools_infers(
 
     shape, steps = plan
     x = np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-    with Function({}, opset_version=ct.target.iOS18):
-        expected = grown(mb, mb.const(val=x), steps).val
-    with Function({"x": mb.placeholder(shape, dtype=types.fp32)}, opset_version=ct.target.iOS18) as function:
-        function.set_outputs([mb.identity(x=grown(mb, function.inputs["x"], steps), name="y")])
+    try:
+        with Function({}, opset_version=ct.target.iOS18):
+            expected = grown(mb, mb.const(val=x), steps).val
+        with Function({"x": mb.placeholder(shape, dtype=types.fp32)}, opset_version=ct.target.iOS18) as function:
+            function.set_outputs([mb.identity(x=grown(mb, function.inputs["x"], steps), name="y")])
+    except TypeError:  # what it concatenated with a placeholder is an array of objects, which its own softmax refuses
+        reject()
     package = exported(tmp_path_factory.getbasetemp(), function)
     got = Interpreter(package).run({"x": x})["y"]
     assert expected is not None

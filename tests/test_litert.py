@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,12 @@ from edgeexport.quant.source import PlannedWeights
 from edgeexport.session.inputs import Inputs
 
 TOKENS = np.random.default_rng(1).integers(3, 300, CONTEXT)
+
+
+@pytest.fixture(autouse=True)
+def narrow_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows of 2 and 8 slots, where the cache has 32."""
+    monkeypatch.setattr(litert, "LEAST_WINDOW", 2)
 
 
 def target(**options: Any) -> Target:
@@ -123,7 +130,13 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
     inputs = Inputs(found.contract, opened.run) if found.contract else None
     expected = Decoder(found, weights)
     position = 0
-    for count in (7, 5, *[1] * 12, 3, *[1] * 5):  # padded, whole and single pieces, to the last slot
+    for count in (
+        7,
+        5,
+        *[1] * 12,
+        3,
+        *[1] * 5,
+    ):  # padded, whole and single pieces, through every window, to the last slot
         tokens = TOKENS[position : position + count]
         call = call_of(inputs, tokens, position)
         got = opened.decoder.step(call.fed, position, call.rope)
@@ -144,6 +157,18 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
             np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
     opened.decoder.close()
     opened.close()
+
+
+def test_the_last_slots_are_filled_token_by_token(zoo: Zoo, tmp_path: Path) -> None:
+    # The runtime would move a padded piece that ends behind the cache to the front, over what is there.
+    found = zoo.traced("llama")
+    artifact = compiled([found.model], planned(found, "fp32", "decoder"), tmp_path)
+    weights = stored_weights(found, "fp32")
+    decoder, expected = litert_runner.open_decoder(tmp_path, artifact, threads=1), Decoder(found, weights)
+    for start, stop in ((0, 29), (29, 32)):
+        got = decoder.step(TOKENS[start:stop], start)
+        np.testing.assert_allclose(got, expected.step(TOKENS[start:stop], start), atol=1e-5)
+    decoder.close()
 
 
 @pytest.mark.parametrize("name", ["llama", "glm4v"])
@@ -179,10 +204,14 @@ def test_signatures_share_every_weight_and_nothing_has_more_than_four_axes(
 
     found = zoo.traced("llama")
     assert found.checkpoint.config["tie_word_embeddings"]
+    whole = compiled([found.model], planned(found, scheme, "decoder"), tmp_path / "whole", windows=False)
+    assert [signature.name for signature in whole.signatures] == ["decode", "prefill_4", "prefill_8"]
     artifact = compiled([found.model], planned(found, scheme, "decoder"), tmp_path)
-    assert [signature.name for signature in artifact.signatures] == ["decode", "prefill_4", "prefill_8"]
-    assert [signature.inputs[0].name for signature in artifact.signatures] == ["tokens"] * 3
-    assert [any(spec.name == "logits" for spec in each.outputs) for each in artifact.signatures] == [True, False, False]
+    names = ["window_2_decode", "window_8_decode", "window_8_prefill_4", "window_8_prefill_8"]
+    assert [signature.name for signature in artifact.signatures][3:] == names
+    for each in artifact.signatures:
+        assert each.inputs[0].name == "tokens"
+        assert any(spec.name == "logits" for spec in each.outputs) == each.name.endswith("decode")
     model = opened_model(artifact, tmp_path)
     kinds = {
         TensorType.FLOAT32,
@@ -304,10 +333,13 @@ def answer(folder: Path, artifact: Artifact, *, exact: bool = False) -> list[flo
     return list(logits)
 
 
-def test_blockwise_weights_are_refused_where_the_target_says_so(zoo: Zoo) -> None:
+@pytest.mark.parametrize("scheme", ["int4-b32", "fp16"])
+def test_what_the_gpu_delegate_does_not_take_is_refused(scheme: str, zoo: Zoo) -> None:
     found = zoo.traced("llama")
-    (finding,) = litert.check(found.model, target(blockwise=False), planned(found, "int4-b32", "decoder"))
+    (finding,) = litert.check(found.model, target(gpu=True), planned(found, scheme, "decoder"))
     assert (finding.code, "--quant int8" in finding.fix) == ("op-not-lowered", True)
+    for taken in ("fp32", "int8", "int4"):
+        assert litert.check(found.model, target(gpu=True), planned(found, taken, "decoder")) == []
 
 
 def test_more_features_than_were_built_for_are_refused(zoo: Zoo, tmp_path: Path) -> None:
@@ -323,3 +355,15 @@ def normal(shape: tuple[int | Dim, ...]) -> Array:
     """float32 numbers of order 1, seven where a size is free."""
     sizes = [size if isinstance(size, int) else 7 for size in shape]
     return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
+
+
+def test_a_runtime_that_is_not_installed_is_named_with_its_extra(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = zoo.traced("llama")
+    artifact = compiled([found.model], planned(found, "fp32", "decoder"), tmp_path)
+    monkeypatch.setitem(sys.modules, "ai_edge_litert", None)
+    for open_it in (litert_runner.open_decoder, litert_runner.read_signature):
+        with pytest.raises(errors.ToolError, match="missing-package") as caught:
+            open_it(tmp_path, artifact)
+        assert "edgeexport[tflite]" in caught.value.findings[0].fix

@@ -41,7 +41,8 @@ def test_it_passes_every_level(bundle: Path) -> None:
     assert rows["L4", name]["metrics"]["max_abs"] <= 1e-4
     if "fp32" in bundle.parts[-2]:
         assert rows["L5", "tokens, against transformers"]["metrics"]["top1"] == 1
-    assert (bundle / "decoder.tflite").stat().st_size <= 1.015 * report["sizes"]["ideal_bytes"]
+    graphs_and_tables = (bundle / "decoder.tflite").stat().st_size - report["sizes"]["ideal_bytes"]
+    assert 0 < graphs_and_tables < 2_000_000
 
 
 def test_litert_lm_answers_from_the_package_with_the_same_tokens(bundle: Path) -> None:

@@ -208,20 +208,18 @@ def layer_norm(node: ir.Node, ctx: Lowering) -> None:
     _set(ctx, node, made)
 
 
-@OPS.lower("BatchNormalization", note="x * scale + shift, these two computed in float32 from the four vectors")
+@OPS.lower("BatchNormalization", note="(x - mean) * scale + bias, the scale computed in float32")
 def batch_norm(node: ir.Node, ctx: Lowering) -> None:
+    """The mean goes first: x * scale + shift would lose to cancellation in float16 what x has beyond its mean."""
     x, name = ctx.materialised(ctx.value(node.inputs[0])), _label(node)
     gamma, beta, mean, variance = (ctx.single(each) for each in node.inputs[1:5])
-    vector, single = gamma.shape, "float32"
     epsilon = np.array(attribute(node, "epsilon", 1e-5), np.float32)
-    spread = ctx.emit("rsqrt", {"x": variance, "epsilon": epsilon}, vector, single, f"{name}_spread")
-    scale = ctx.emit("mul", {"x": gamma, "y": spread}, vector, single, f"{name}_scale")
-    moved = ctx.emit("mul", {"x": mean, "y": scale}, vector, single, f"{name}_moved")
-    shift = ctx.emit("sub", {"x": beta, "y": moved}, vector, single, f"{name}_shift")
-    shape = (1, vector[0], *[1] * (len(x.shape) - 2))
-    for op, factor in (("mul", scale), ("add", shift)):
-        half = ctx.emit("cast", {"x": factor, "dtype": "fp16"}, vector, name=f"{factor.name}_fp16")
-        half = ctx.emit("reshape", {"x": half, "shape": _vector(shape)}, shape, name=f"{factor.name}_channels")
+    spread = ctx.emit("rsqrt", {"x": variance, "epsilon": epsilon}, variance.shape, "float32", f"{name}_spread")
+    scale = ctx.emit("mul", {"x": gamma, "y": spread}, gamma.shape, "float32", f"{name}_scale")
+    shape = (1, gamma.shape[0], *[1] * (len(x.shape) - 2))
+    for op, vector in (("sub", mean), ("mul", scale), ("add", beta)):
+        half = ctx.emit("cast", {"x": vector, "dtype": "fp16"}, vector.shape, name=f"{name}_{op}_fp16")
+        half = ctx.emit("reshape", {"x": half, "shape": _vector(shape)}, shape, name=f"{name}_{op}_channels")
         x = ctx.emit(op, {"x": x, "y": half}, x.shape, name=f"{name}_{op}")
     _set(ctx, node, x)
 

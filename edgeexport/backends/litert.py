@@ -9,7 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeexport import errors
-from edgeexport.backends.litert_names import COUNT, DECODE, PREFILL, STEP, given_name
+from edgeexport.backends.litert_names import (
+    COUNT,
+    DECODE,
+    PREFILL,
+    STEP,
+    WINDOW,
+    given_name,
+    length_of,
+    window_of,
+)
 from edgeexport.backends.litert_ops import OPS
 from edgeexport.core import (
     Artifact,
@@ -31,6 +40,9 @@ if TYPE_CHECKING:
 NAME = "litert"
 __all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions", "write_package"]
 
+LEAST_WINDOW = 128
+"""Slots below which a smaller window saves nothing."""
+FORMAT_FIX = "choose --quant int8"
 POSITIVE_SCALES = True
 """The runtime's fast kernels (XNNPACK) refuse a file with a scale that is zero or negative."""
 
@@ -43,12 +55,15 @@ class Options:
     """Tokens of the longest piece of a prompt."""
     prefill_short: int = 64
     """Tokens of a shorter one, for what remains; 0 for none."""
+    windows: bool = True
+    """Also write signatures that attend to the first slots of the cache alone, which are all that a short conversation
+    fills: multiplying by a cache of 2048 slots takes more of a small model's time than multiplying by its weights."""
     features: int = 512
     """Most features of pictures and sounds that one prompt's text attends to, where a model attends to them."""
     litertlm: bool = False
     """Also write `.litertlm`, for LiteRT-LM's engine: one file with tokenizer and chat template. Text models only."""
-    blockwise: bool = True
-    """Whether the runtime takes a scale for each block of a row. GPU delegates do not."""
+    gpu: bool = False
+    """Keep to what LiteRT's GPU delegate takes whole: no blocks of int4, no looked-up table in float16."""
 
     def __post_init__(self) -> None:
         if not 2 <= self.prefill <= 4096 or not (self.prefill_short == 0 or 2 <= self.prefill_short < self.prefill):
@@ -87,14 +102,25 @@ def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Findin
             findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
         elif row.limit is not None and (reason := row.limit(node)) is not None:
             findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
-    blockwise = Options(**target.options).blockwise
-    refused = {name: fmt for name, fmt in plan.formats.items() if fmt.block and (fmt.bits != 4 or not blockwise)}
-    for fmt_name in sorted({fmt.name for fmt in refused.values()}):
-        first, *others = sorted(name for name, fmt in refused.items() if fmt.name == fmt_name)
-        where = f"{first} and {len(others)} more" if others else first
-        why = "the runtime shares scales in blocks of int4 alone" if blockwise else "blockwise = false in [options]"
-        findings.append(errors.op_not_lowered(NAME, f"weights in {fmt_name}", where, why, "choose --quant int8"))
-    return findings
+    return [*findings, *_refused_formats(plan, gpu=Options(**target.options).gpu)]
+
+
+def _refused_formats(plan: QuantPlan, *, gpu: bool) -> list[Finding]:
+    """One finding for each reason to refuse weights' formats."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name, fmt in plan.formats.items():
+        if fmt.block and (gpu or fmt.bits != 4):
+            why = "the GPU delegate takes no blocks" if gpu else "the runtime shares scales in blocks of int4 alone"
+            refused.setdefault((f"weights in {fmt.name}", why), []).append(name)
+        elif gpu and fmt.name == "fp16" and plan.classes[name] == "embedding":
+            why = "the GPU delegate looks up no float16 rows"
+            refused.setdefault((f"a table in {fmt.name}", why), []).append(name)
+    return [
+        errors.op_not_lowered(
+            NAME, what, names[0] + (f" and {len(names) - 1} more" if names[1:] else ""), why, FORMAT_FIX
+        )
+        for (what, why), names in refused.items()
+    ]
 
 
 def compile(
@@ -117,9 +143,7 @@ def compile(
     component = models[0].component
     file = ModelFile(f"{component}.tflite")
     signatures = [
-        _sign(file, model, plan, name, length, options.features)
-        for model in models
-        for name, length in _signatures(model, options)
+        _sign(file, model, plan, name, options.features) for model in models for name in _signatures(model, options)
     ]
     state = tuple((_given(models[0], past), _given(models[0], present)) for past, present in models[0].state)
     weights = file.write(work, source, progress)
@@ -158,20 +182,27 @@ def _given(model: CanonicalModel, name: str) -> str:
     return given_name(name, dict(model.state)) if _tokens(model) else name
 
 
-def _signatures(model: CanonicalModel, options: Options) -> list[tuple[str, int]]:
-    """Name and number of tokens of each signature of a graph; 0 tokens where its shapes are fixed."""
+def _signatures(model: CanonicalModel, options: Options) -> list[str]:
+    """The names of a graph's signatures, which say what they are for."""
     tokens = _tokens(model)
     if tokens is None:
-        return [(model.variant or STEP, 0)]
+        return [model.variant or STEP]
     pieces = dict.fromkeys(min(size, tokens.max) for size in options.pieces)
-    return [(DECODE, 1), *((f"{PREFILL}{size}", size) for size in pieces if size > 1)]
+    names = [DECODE, *(f"{PREFILL}{size}" for size in pieces if size > 1)]
+    if not model.state or not options.windows:
+        return names
+    quarter, sixteenth = tokens.max // 4, tokens.max // 16
+    narrow = [f"{WINDOW}_{size}_{DECODE}" for size in (sixteenth, quarter) if size >= LEAST_WINDOW]
+    narrow += [f"{WINDOW}_{quarter}_{name}" for name in names[1:] if quarter >= max(LEAST_WINDOW, length_of(name))]
+    return names + narrow
 
 
-def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, length: int, features: int) -> Signature:
-    """Lower one graph for so many tokens. What else has a free size is padded to `features`, and how many of them count
-    is an input of its own."""
+def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, features: int) -> Signature:
+    """Lower one graph as its signature's name says. What else has a free size is padded to `features`, and how many of
+    them count is an input of its own."""
     from edgeexport.backends.litert_lowering import Lowering
 
+    length = length_of(name) if _tokens(model) else 0
     lowering, tokens = Lowering(model, plan, OPS, file, name), _tokens(model)
     inputs: dict[str, Tensor] = {}
     for spec in model.inputs:
@@ -187,6 +218,7 @@ def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, le
             lowering.bind(spec.name, inputs[given])
         if free:
             lowering.count = inputs[given + COUNT] = lowering.graph.tensor((1,), "int32", given + COUNT)
+    lowering.window = window_of(name)
     made = lowering.run()
     left_out = {"logits"} if length > 1 else set()
     outputs = {_given(model, key): tensor for key, tensor in made.items() if key not in left_out}

@@ -152,8 +152,6 @@ class ModelFile:
 
         Raises: UsageError `output-not-writable`; what `source` raises.
         """
-        from edgeexport import errors
-
         head = len(self._pack([(1, 1) if _size(held) else (0, 0) for held in self._buffers]))
         layout, places = self._layout(head)
         data = self._pack(places)
@@ -164,8 +162,6 @@ class ModelFile:
                 layout.weights[weight.name] = replace(stored, scales_offset=head - weight.per_row.at)
         layout.constants[""] = 0, np.frombuffer(data, np.uint8)
         storage.write(folder, layout, source, progress)
-        if not (folder / self.name).stat().st_size:
-            raise errors.output_not_writable(folder, f"{self.name} is empty")
         return layout.weights
 
     def _layout(self, head: int) -> tuple[storage.Layout, list[tuple[int, int]]]:
@@ -322,3 +318,12 @@ class Graph:
             dtype = f"int{fmt.bits}" if fmt.integer else f"float{fmt.bits}"
             self.shared[key] = self.tensor(shape, dtype, name, held.rows, quantization)
         return self.shared[key]
+
+    def is_stored(self, tensor: Tensor) -> bool:
+        """Whether a tensor is a buffer of the file that means the same in any shape: a constant, or a float weight."""
+        found = self.tensors[tensor.index]
+        return found.buffer != 0 and found.quantization is None
+
+    def reshaped(self, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+        """A stored tensor's buffer as a tensor of another shape."""
+        return self.tensor(shape, tensor.dtype, buffer=self.tensors[tensor.index].buffer)

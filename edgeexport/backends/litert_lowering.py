@@ -27,6 +27,8 @@ class Lowering:
         self.graph: Graph = file.graph(name)
         self.count: Tensor | None = None
         """int32 [1]: how many keys there are where attention has keys of a free number."""
+        self.window = 0
+        """Slots of the cache that are attended to; 0 for all."""
         self.tensors: dict[ir.Value, Tensor] = {}
         self._known: dict[ir.Value, Array] = {}
 
@@ -140,10 +142,12 @@ class Lowering:
         return self.graph.constant(np.array(numbers, np.int32))
 
     def reshape(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """The same numbers in another shape."""
+        """The same numbers in another shape: an operator only where they are computed."""
         sizes = [int(size) for size in shape]
         if list(x.shape) == sizes:
             return x
+        if self.graph.is_stored(x):
+            return self.once(("reshaped", x, tuple(sizes)), lambda: self.graph.reshaped(x, sizes))
         return self.graph.emit(
             "RESHAPE", [x, self.integers(*sizes)], sizes, "ReshapeOptions", dtype=x.dtype, newShape=sizes
         )

@@ -13,6 +13,9 @@ DECODE = "decode"
 """One token, with its logits."""
 PREFILL = "prefill_"
 """A piece of a prompt, its length behind the name: writes the cache, and gives no logits."""
+WINDOW = "window"
+"""`window_512_decode` is `decode` that attends to the first 512 slots alone. The names begin like no other, since
+LiteRT-LM takes every signature that begins with `prefill`."""
 STEP = "step"
 """Name of the signature of a component that has no variants."""
 
@@ -51,10 +54,17 @@ def canonical_name(name: str, *, output: bool = False) -> str:
 
 def length_of(signature: str) -> int:
     """Tokens that a signature of a component over tokens takes; 0 for another one."""
-    if signature == DECODE:
+    name = signature.split("_", 2)[-1] if window_of(signature) else signature
+    if name == DECODE:
         return 1
-    digits = signature.removeprefix(PREFILL)
-    return int(digits) if signature.startswith(PREFILL) and digits.isdecimal() else 0
+    digits = name.removeprefix(PREFILL)
+    return int(digits) if name.startswith(PREFILL) and digits.isdecimal() else 0
+
+
+def window_of(signature: str) -> int:
+    """Slots of the cache that a signature attends to; 0 where it attends to all."""
+    parts = signature.split("_", 2)
+    return int(parts[1]) if len(parts) == 3 and parts[0] == WINDOW and parts[1].isdecimal() else 0
 
 
 def canonical_spec(spec: TensorSpec, length: int, *, output: bool) -> TensorSpec:

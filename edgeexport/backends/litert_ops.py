@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from edgeexport.backends.litert_file import Tensor
     from edgeexport.backends.litert_lowering import Lowering
-    from edgeexport.core import Format
+    from edgeexport.core import Array, Format
 
 OPS = OpTable("litert")
 HIDDEN = -1e9
@@ -341,14 +341,26 @@ def gather(node: ir.Node, ctx: Lowering) -> None:
     if name is None:
         x = ctx.value(node.inputs[0])
         axis = int(_number(node, "axis", 0)) % len(x.shape)
-        known = ctx.known(node.inputs[1])
-        if known is not None:  # ONNX counts from the end, too
-            indices = ctx.graph.constant((known % x.shape[axis]).astype(np.int32))
-        sizes = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
-        made = ctx.graph.emit("GATHER", [x, indices], sizes, "GatherOptions", dtype=x.dtype, axis=axis)
+        made = _pick(ctx, x, axis, indices, ctx.known(node.inputs[1]))
     else:
         made = _look_up(ctx, name, indices)
     ctx.tensors[node.outputs[0]] = made
+
+
+def _pick(ctx: Lowering, x: Tensor, axis: int, indices: Tensor, known: Array | None) -> Tensor:
+    """Slices of an activation along an axis: a SLICE for one that is known; GATHER takes a vector of them, for the GPU
+    delegate knows no other."""
+    sizes = (*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    if known is not None:  # ONNX counts from the end, too
+        known = known % x.shape[axis]
+        if known.size == 1:
+            at = int(known.reshape(()))
+            return ctx.reshape(ctx.slice(x, axis, at, at + 1), sizes)
+        indices = ctx.graph.constant(known.astype(np.int32))
+    count = int(np.prod(indices.shape, dtype=np.int64))
+    flat = ctx.reshape(indices, (count,))
+    picked = (*x.shape[:axis], count, *x.shape[axis + 1 :])
+    return ctx.reshape(ctx.graph.emit("GATHER", [x, flat], picked, "GatherOptions", dtype=x.dtype, axis=axis), sizes)
 
 
 def _look_up(ctx: Lowering, name: str, indices: Tensor) -> Tensor:
@@ -358,8 +370,13 @@ def _look_up(ctx: Lowering, name: str, indices: Tensor) -> Tensor:
     flat = ctx.reshape(indices, (count,))
     if fmt.integer:
         rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, table], (count, *table.shape[1:]), version=4)
+    elif fmt.bits == 32:
+        rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, table], (count, *table.shape[1:]))
     else:
-        rows = ctx.graph.emit("EMBEDDING_LOOKUP", [flat, ctx.float_weight(name)], (count, *table.shape[1:]))
+        half = ctx.graph.emit(
+            "GATHER", [table, flat], (count, *table.shape[1:]), "GatherOptions", dtype="float16", axis=0
+        )
+        rows = ctx.widened(half)
     return ctx.reshape(rows, (*indices.shape, *table.shape[1:]))
 
 
@@ -445,6 +462,11 @@ def _angles(node: ir.Node, ctx: Lowering, position: int, *, pairs: bool) -> Tens
     rows = node.inputs[3] if len(node.inputs) > 3 else None
 
     def make() -> Tensor:
+        known = ctx.known(table)
+        if rows is None and known is not None:  # a picture's grid: no operator computes what is known
+            turned = np.stack([-known if position == 2 else known, known], -1 if pairs else -2)
+            length, width = known.shape[-2:]
+            return ctx.graph.constant(turned.reshape((1, length, width, 2) if pairs else (1, 1, length, 2 * width)))
         found = ctx.value(table)
         if rows is not None:
             at = ctx.value(rows)
@@ -465,6 +487,9 @@ def _angles(node: ir.Node, ctx: Lowering, position: int, *, pairs: bool) -> Tens
 def attention(node: ir.Node, ctx: Lowering) -> None:
     """Attention(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)"""
     q, k, v = (ctx.value(value) for value in node.inputs[:3])
+    causal = _number(node, "is_causal", 0) == 1
+    if causal and ctx.window:
+        k, v = (ctx.slice(cache, 2, 0, ctx.window) for cache in (k, v))
     _, heads, length, width = q.shape
     keys, slots = k.shape[1], k.shape[2]
     shared = heads // keys
@@ -472,7 +497,7 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
     q = ctx.binary("MUL", q, ctx.scalar(width**-0.5 if scale is None else float(scale)))
     q = ctx.reshape(q, (1, keys, shared * length, width))
     scores = ctx.graph.emit("BATCH_MATMUL", [q, k], (1, keys, shared * length, slots), "BatchMatMulOptions", adjY=True)
-    if _number(node, "is_causal", 0) == 1:
+    if causal:
         scores = ctx.binary("ADD", scores, _causal_mask(ctx, node.inputs[6], length, slots, shared))
     elif ctx.count is not None:
         scores = ctx.binary("ADD", scores, _count_mask(ctx, ctx.count, slots))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from edgeexport import errors
 from edgeexport.backends.litert_cache import weight_cache
-from edgeexport.backends.litert_names import COUNT, DECODE, STEP, canonical_name, canonical_spec, length_of
+from edgeexport.backends.litert_names import COUNT, DECODE, STEP, canonical_name, canonical_spec, length_of, window_of
 from edgeexport.core import Array, TensorSpec
 
 IDENTIFIER = b"TFL3"
@@ -117,11 +117,15 @@ class LiteRtDecoder:
         with _quiet():  # the first write opens another environment of the runtime
             for past, cache in self._caches.items():
                 cache.write(np.zeros(_sizes(shapes[past]), np.float32))
+        calls = {name: _Call(self._model, name, self._caches) for name in self._model.signatures if length_of(name)}
         self._calls = {
-            length_of(name): _Call(self._model, name, self._caches)
-            for name in self._model.signatures
-            if length_of(name)
+            length: sorted(
+                ((window_of(name) or self.context, call) for name, call in calls.items() if length_of(name) == length),
+                key=lambda each: each[0],
+            )
+            for length in map(length_of, calls)
         }
+        """By length: for each window, the narrowest first, the signature that attends to so many slots."""
         self._fed = "embeddings" if "embeddings" in shapes else "tokens"
         self._pieces = sorted((length for length in self._calls if length > 1), reverse=True)
 
@@ -164,7 +168,8 @@ class LiteRtDecoder:
 
     def _run(self, length: int, fed: Array, position: int, rope: Array | None) -> _Call:
         """One call. What pads it is written behind the tokens, where nothing attends to it before it is overwritten."""
-        call, count = self._calls[length], len(fed)
+        count = len(fed)
+        call = next(call for window, call in self._calls[length] if position + count <= window)
         call.inputs[self._fed][0, :count] = fed
         call.inputs[self._fed][0, count:] = 0
         call.inputs["input_pos"][:] = np.arange(position, position + length)
@@ -301,12 +306,12 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
+    _refuse_damaged(path)
     from ai_edge_litert.compiled_model import CompiledModel
     from ai_edge_litert.cpu_kernel_mode import CpuKernelMode
     from ai_edge_litert.hardware_accelerator import HardwareAccelerator
     from ai_edge_litert.options import CpuOptions, Options
 
-    _refuse_damaged(path)
     _quiet_at_exit()
     mode = CpuKernelMode.DELEGATE if run else CpuKernelMode.BUILTIN
     cpu = CpuOptions(num_threads=threads or len(os.sched_getaffinity(0)), kernel_mode=mode)
@@ -323,10 +328,12 @@ def _open(path: Path, threads: int | None, *, run: bool = True) -> Any:
 def _refuse_damaged(path: Path) -> None:
     """The runtime trusts the offsets of a file, and dies of one that ends early.
 
-    Raises: BundleError `artifact-does-not-open`.
+    Raises: BundleError `artifact-does-not-open`; ToolError `missing-package`.
     """
-    from ai_edge_litert import schema_py_generated as schema
-
+    try:
+        from ai_edge_litert import schema_py_generated as schema
+    except ImportError as problem:
+        raise errors.missing_package("ai-edge-litert", "tflite") from problem
     try:
         size = path.stat().st_size
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:

@@ -43,11 +43,13 @@ SHIPPED_SNR_DB = {"float": 80.0, "half": 40.0, "int8": 0.0, "int4": 0.0}
 the logits are small. Measured with every operation rounded to float16: 49.8 on SmolLM2 with its 30 layers, 58 to 65 on
 tiny random models of two or three."""
 
-SHIPPED_FEATURES = {"float": 1e-3, "half": 1e-2, "int8": 0.1, "int4": 0.1}
-"""L4: root mean square of the difference that rounding activations makes in an encoder, over that of the outputs."""
+SHIPPED_FEATURES = {"float": 1e-3, "half": 2e-2, "int8": 0.1, "int4": 0.1}
+"""L4: root mean square of the difference that rounding activations makes in an encoder, over that of the outputs.
+Measured in float16: 0.0066 for EfficientNet-lite0, 0.0018 for Whisper's encoder."""
 
-REFERENCE_FEATURES = {"float": 1e-3, "half": 1e-2, "int8": 0.15, "int4": 0.5}
-"""L5: the same from the original model to the artifact."""
+REFERENCE_FEATURES = {"float": 1e-3, "half": 3e-2, "int8": 0.15, "int4": 0.5}
+"""L5: the same from the original model to the artifact. Measured in float16: 0.0123 for EfficientNet-lite0, most of
+it from its weights."""
 
 REFERENCE_KL = {"float": 1e-4, "half": 1e-3, "int8": 0.15, "int4": 0.8}
 """L5: mean KL in nats from transformers' model to the artifact. Measured 3e-11, 0.02 and 0.29 to 0.41."""

@@ -1,0 +1,31 @@
+"""The real SmolLM2-135M as an ML package: the ladder's numeric levels, and fast enough to talk to."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgeexport import build, open_bundle
+from edgeexport.core import Verdict
+
+pytest.importorskip("coremltools")
+pytestmark = pytest.mark.real
+
+TOKENS_PER_SECOND = 2.0
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "int4-b32"])
+def test_smollm2_is_right_and_answers(scheme: str, tmp_path: Path) -> None:
+    result = build("smollm2-135m", "ios-coreml", tmp_path, quant=scheme, context=512, parity="L4")
+    assert not [row for row in result.results if row.verdict is Verdict.FAIL]
+    assert result.size < 1.02 * result.ideal_bytes  # the program has both functions
+    with open_bundle(result.bundle).session() as session:
+        session.prefill(np.arange(100, 120))
+        session.decode(5)
+        started = time.perf_counter()
+        for _ in range(8):
+            session.decode(7)
+        assert 8 / (time.perf_counter() - started) > TOKENS_PER_SECOND
