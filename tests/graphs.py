@@ -14,6 +14,8 @@ import onnx_ir as ir
 
 from edgeexport import backends, families, targets
 from edgeexport.backends.onnxruntime_runner import OnnxDecoder
+from edgeexport.backends.storage import read_rows
+from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.canonical import dialect
 from edgeexport.canonical.trace import trace
 from edgeexport.checkpoint import WeightReader, open_checkpoint
@@ -27,6 +29,8 @@ from edgeexport.session.runner import Call
 FAMILIES = tuple(sorted(families.known()))
 TEXT_FAMILIES = tuple(name for name in FAMILIES if "vision_config" not in families.find(name).tiny)
 CONTEXT = 32
+TOKENS = np.random.default_rng(1).integers(3, 300, CONTEXT)
+"""A text for every tiny model: no placeholder of a picture among its tokens."""
 DTYPES = {name: "float16" if name == "qwen3" else "bfloat16" for name in FAMILIES}
 """What each family's tiny checkpoint is stored as, unless a test says otherwise."""
 SHAPES = {"vision": {"screens": [[56, 84], [84, 56]], "max_pixels": 56 * 84}}
@@ -231,6 +235,43 @@ def call_of(inputs: Inputs | None, tokens: Array, position: int) -> Call:
         return Call(tokens, position)
     fed = inputs.feed(tokens, (), position)
     return Call(fed.embeds, position, fed.rope)
+
+
+def assert_computes(opened: OpenArtifacts, found: Traced, weights: Mapping[str, Array]) -> None:
+    """Open artifacts give what the canonical graphs give over these weights: a text in pieces of several lengths to
+    the cache's last slot (logits 1e-5), and every component without state on random inputs (1e-4)."""
+    inputs = Inputs(found.contract, opened.run) if found.contract else None
+    expected = Decoder(found, weights)
+    position = 0
+    for count in (7, 5, *[1] * 12, 3, *[1] * 5):
+        tokens = TOKENS[position : position + count]
+        call = call_of(inputs, tokens, position)
+        got = opened.decoder.step(call.fed, position, call.rope)
+        np.testing.assert_allclose(got, expected.step(tokens, position), atol=1e-5)
+        position += count
+    assert position == CONTEXT
+    for (component, variant), model in found.parts.items():
+        if component in ("decoder", "embed"):
+            continue
+        given = {spec.name: normal(spec.shape) for spec in model.inputs}
+        features = opened.run(component, variant, given)
+        for key, want in Graph(model, weights).run(given).items():
+            np.testing.assert_allclose(features[key], want, atol=1e-4, rtol=1e-4)
+
+
+def assert_stores(folder: Path, artifacts: Mapping[str, Artifact], found: Traced, weights: Mapping[str, Array]) -> None:
+    """The artifacts' files hold exactly these weights, read back and dequantised."""
+    for component, artifact in artifacts.items():
+        assert artifact.weights.keys() == found.variants(component)[0].weights.keys()
+        for key, weight in artifact.weights.items():
+            rows = read_rows(folder, weight, 0, weight.shape[0])
+            np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
+
+
+def normal(shape: tuple[int | Dim, ...]) -> Array:
+    """float32 numbers of order 1, seven where a size is free."""
+    sizes = [size if isinstance(size, int) else 7 for size in shape]
+    return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
 
 
 def host_target(**options: Any) -> Target:

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from graphs import (
-    CONTEXT,
     FAMILIES,
-    Decoder,
-    Graph,
+    TOKENS,
     Traced,
     Zoo,
-    call_of,
+    assert_computes,
+    assert_stores,
     compiled,
     host_target,
     opened,
@@ -33,15 +32,12 @@ from graphs import (
 from edgeexport import backends, errors, families
 from edgeexport.backends import onnxruntime as ort_backend
 from edgeexport.backends.optable import OpTable
-from edgeexport.backends.storage import read_rows
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
-from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan
+from edgeexport.core import Array, Artifact, CanonicalModel, QuantPlan
 from edgeexport.quant import SCHEMES
 from edgeexport.quant.source import PlannedWeights
-from edgeexport.session.inputs import Inputs
 
-TOKENS = np.random.default_rng(1).integers(3, 320, CONTEXT)
 LARGER = {
     "hidden_size": 256,
     "intermediate_size": 640,
@@ -158,34 +154,8 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
         for component in found.components()
     }
     artifact_of = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1)
-    inputs = Inputs(found.contract, artifact_of.run) if found.contract else None
-    expected = Decoder(found, weights)
-    position = 0
-    for count in (7, 5, *[1] * 12, 3, *[1] * 5):  # to the last slot
-        tokens = TOKENS[position : position + count]
-        call = call_of(inputs, tokens, position)
-        got = artifact_of.decoder.step(call.fed, position, call.rope)
-        np.testing.assert_allclose(got, expected.step(tokens, position), atol=1e-5)
-        position += count
-    assert position == CONTEXT
-    for (component, variant), model in found.parts.items():
-        if component in ("decoder", "embed"):
-            continue
-        given = {spec.name: normal(spec.shape) for spec in model.inputs}
-        features = artifact_of.run(component, variant, given)
-        for key, want in Graph(model, weights).run(given).items():
-            np.testing.assert_allclose(features[key], want, atol=1e-4, rtol=1e-4)
-    for component, artifact in artifacts.items():
-        assert artifact.weights.keys() == found.variants(component)[0].weights.keys()
-        for key, weight in artifact.weights.items():
-            rows = read_rows(tmp_path, weight, 0, weight.shape[0])
-            np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
-
-
-def normal(shape: tuple[int | Dim, ...]) -> Array:
-    """float32 numbers of order 1, seven where a size is free."""
-    sizes = [size if isinstance(size, int) else 7 for size in shape]
-    return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
+    assert_computes(artifact_of, found, weights)
+    assert_stores(tmp_path, artifacts, found, weights)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

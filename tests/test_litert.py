@@ -13,20 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 from cases.ops import OPS, OpCase
-from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of, traced, write_checkpoint
+from graphs import (
+    FAMILIES,
+    TOKENS,
+    Decoder,
+    Traced,
+    Zoo,
+    assert_computes,
+    assert_stores,
+    normal,
+    traced,
+    write_checkpoint,
+)
 from test_backend_ops import build, oracle
 
 from edgeexport import errors, families, targets
 from edgeexport.backends import litert, litert_runner
-from edgeexport.backends.storage import read_rows
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
 from edgeexport.quant import SCHEMES
 from edgeexport.quant.source import PlannedWeights
-from edgeexport.session.inputs import Inputs
-
-TOKENS = np.random.default_rng(1).integers(3, 300, CONTEXT)
 
 
 @pytest.fixture(autouse=True)
@@ -127,34 +134,8 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
         for component in found.components()
     }
     opened = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1, exact=True)
-    inputs = Inputs(found.contract, opened.run) if found.contract else None
-    expected = Decoder(found, weights)
-    position = 0
-    for count in (
-        7,
-        5,
-        *[1] * 12,
-        3,
-        *[1] * 5,
-    ):  # padded, whole and single pieces, through every window, to the last slot
-        tokens = TOKENS[position : position + count]
-        call = call_of(inputs, tokens, position)
-        got = opened.decoder.step(call.fed, position, call.rope)
-        np.testing.assert_allclose(got, expected.step(tokens, position), atol=1e-5)
-        position += count
-    assert position == CONTEXT
-    for (component, variant), model in found.parts.items():
-        if component in ("decoder", "embed"):
-            continue
-        given = {spec.name: normal(spec.shape) for spec in model.inputs}
-        features = opened.run(component, variant, given)
-        for key, want in Graph(model, weights).run(given).items():
-            np.testing.assert_allclose(features[key], want, atol=1e-4, rtol=1e-4)
-    for component, artifact in artifacts.items():
-        assert artifact.weights.keys() == found.variants(component)[0].weights.keys()
-        for key, weight in artifact.weights.items():
-            rows = read_rows(tmp_path, weight, 0, weight.shape[0])
-            np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key])
+    assert_computes(opened, found, weights)
+    assert_stores(tmp_path, artifacts, found, weights)
     opened.decoder.close()
     opened.close()
 
@@ -349,12 +330,6 @@ def test_more_features_than_were_built_for_are_refused(zoo: Zoo, tmp_path: Path)
     given = {spec.name: normal(spec.shape) for spec in model.inputs}
     with pytest.raises(errors.UsageError, match="too-many-features"):
         run(artifact, tmp_path, given)
-
-
-def normal(shape: tuple[int | Dim, ...]) -> Array:
-    """float32 numbers of order 1, seven where a size is free."""
-    sizes = [size if isinstance(size, int) else 7 for size in shape]
-    return np.random.default_rng(sizes).standard_normal(sizes, np.float32)
 
 
 def test_a_runtime_that_is_not_installed_is_named_with_its_extra(

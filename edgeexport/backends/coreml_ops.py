@@ -112,7 +112,7 @@ def cast(node: ir.Node, ctx: Lowering) -> None:
     if weight is not None and weight.name in ctx.model.weights:
         return  # whoever uses it asks for the weight itself
     x = ctx.value(node.inputs[0])
-    to = int(attribute(node, "to"))  # type: ignore[call-overload]
+    to = int(attribute(node, "to"))
     dtype = {1: "float16", 10: "float16", 6: "int32", 7: "int32", 9: "bool"}[to]
     if x.known is not None:
         kind = {"float16": np.float32, "int32": np.int64, "bool": np.bool_}[dtype]
@@ -149,9 +149,9 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
 def conv(node: ir.Node, ctx: Lowering) -> None:
     x, weight = (ctx.materialised(ctx.value(each)) for each in node.inputs[:2])
     rank = len(x.shape) - 2
-    strides = [int(each) for each in attribute(node, "strides") or [1] * rank]  # type: ignore[attr-defined]
-    dilations = [int(each) for each in attribute(node, "dilations") or [1] * rank]  # type: ignore[attr-defined]
-    pads = [int(each) for each in attribute(node, "pads") or [0] * (2 * rank)]  # type: ignore[attr-defined]
+    strides = [int(each) for each in attribute(node, "strides") or [1] * rank]
+    dilations = [int(each) for each in attribute(node, "dilations") or [1] * rank]
+    pads = [int(each) for each in attribute(node, "pads") or [0] * (2 * rank)]
     sides = [each for pair in zip(pads[:rank], pads[rank:], strict=True) for each in pair]  # ONNX: all befores first
     out = [
         (size + pads[i] + pads[rank + i] - dilations[i] * (weight.shape[2 + i] - 1) - 1) // strides[i] + 1
@@ -164,7 +164,7 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
         "pad_type": "custom",
         "pad": _vector(sides),
         "dilations": _vector(dilations),
-        "groups": int(attribute(node, "group", 1)),  # type: ignore[call-overload]
+        "groups": int(attribute(node, "group", 1)),
     }
     made = ctx.emit("conv", inputs, (x.shape[0], weight.shape[0], *out), name=_label(node))
     if len(node.inputs) > 2 and node.inputs[2] is not None:
@@ -348,7 +348,7 @@ def attention(node: ir.Node, ctx: Lowering) -> None:
     kv_heads, slots = key.shape[1:3]
     group = heads // kv_heads
     scale = attribute(node, "scale")
-    factor = 1.0 if scale is None else float(scale) * math.sqrt(width)  # type: ignore[arg-type]
+    factor = 1.0 if scale is None else float(scale) * math.sqrt(width)
     if abs(factor - 1) > 1e-6:
         query = ctx.emit("mul", {"x": query, "y": np.array(factor, np.float16)}, query.shape, name=f"{name}_scaled")
     folded = (batch, kv_heads, group * count, width)
@@ -419,7 +419,7 @@ def _repeated(ctx: Lowering, mask: Value, group: int) -> Value:
 @OPS.lower("Gather", note="gather")
 def gather(node: ir.Node, ctx: Lowering) -> None:
     x, indices = (ctx.value(each) for each in node.inputs)
-    axis = int(attribute(node, "axis", 0)) % len(x.shape)  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis", 0)) % len(x.shape)
     if x.known is not None and indices.known is not None:
         _set(ctx, node, ctx.known(np.take(x.known, indices.known, axis=axis)))
         return
@@ -458,7 +458,7 @@ def _looked_up(ctx: Lowering, x: Value, indices: Value, axis: int, name: str) ->
 @OPS.lower("Shape", note="a constant: shapes are static")
 def shape(node: ir.Node, ctx: Lowering) -> None:
     sizes = ctx.value(node.inputs[0]).shape
-    start, end = (int(attribute(node, name, bound)) for name, bound in (("start", 0), ("end", len(sizes))))  # type: ignore[call-overload]
+    start, end = (int(attribute(node, name, bound)) for name, bound in (("start", 0), ("end", len(sizes))))
     _set(ctx, node, ctx.known(np.array(sizes[start:end], np.int64)))
 
 
@@ -527,7 +527,7 @@ def transpose(node: ir.Node, ctx: Lowering) -> None:
     if weight is not None and weight.name in ctx.model.weights and all(linear(use) for use in users):
         return
     x = ctx.value(node.inputs[0])
-    perm = [int(each) for each in attribute(node, "perm") or range(len(x.shape))[::-1]]  # type: ignore[attr-defined]
+    perm = [int(each) for each in attribute(node, "perm") or range(len(x.shape))[::-1]]
     if x.known is not None:
         _set(ctx, node, ctx.known(x.known.transpose(perm)))
         return
@@ -538,7 +538,7 @@ def transpose(node: ir.Node, ctx: Lowering) -> None:
 @OPS.lower("Concat", note="concat")
 def concat(node: ir.Node, ctx: Lowering) -> None:
     values = [ctx.value(each) for each in node.inputs]
-    axis = int(attribute(node, "axis")) % len(values[0].shape)  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis")) % len(values[0].shape)
     known = [value.known for value in values if value.known is not None]
     if len(known) == len(values):
         _set(ctx, node, ctx.known(np.concatenate(known, axis=axis)))
@@ -557,7 +557,7 @@ def concat(node: ir.Node, ctx: Lowering) -> None:
 @OPS.lower("Split", note="split")
 def split(node: ir.Node, ctx: Lowering) -> None:
     x = ctx.value(node.inputs[0])
-    axis = int(attribute(node, "axis", 0)) % len(x.shape)  # type: ignore[call-overload]
+    axis = int(attribute(node, "axis", 0)) % len(x.shape)
     given = _ints(ctx, node.inputs[1]) if len(node.inputs) > 1 and node.inputs[1] is not None else None
     count = len(node.outputs)
     size = -(-x.shape[axis] // count)

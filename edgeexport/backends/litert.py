@@ -94,15 +94,7 @@ def versions() -> dict[str, str]:
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node that the table refuses or does not know, and every weight in a format that the target's runtime does
     not take, all at once. Pure; no SDK."""
-    findings = []
-    for node in model.graph.graph:
-        row = OPS.get(node.op_type)
-        if row is None or row.kind == "reject":
-            why, fix = (row.why, row.fix) if row else ("the op table has no row for it", "add a row to litert_ops.py")
-            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
-        elif row.limit is not None and (reason := row.limit(node)) is not None:
-            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
-    return [*findings, *_refused_formats(plan, gpu=Options(**target.options).gpu)]
+    return [*OPS.check(model.graph.graph), *_refused_formats(plan, gpu=Options(**target.options).gpu)]
 
 
 def _refused_formats(plan: QuantPlan, *, gpu: bool) -> list[Finding]:

@@ -11,7 +11,7 @@ Source of versions and limits: LiteRT 2.3, op_version.cc and the kernels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,10 +29,6 @@ OPS = OpTable("litert")
 HIDDEN = -1e9
 """What is added to the score of a key that must not be attended to: exp of it is 0 in float32, and no infinity that
 would make NaN of a row."""
-
-
-def _number(node: ir.Node, name: str, default: Any) -> Any:
-    return attribute(node, name, default)
 
 
 def _forward(node: ir.Node) -> str | None:
@@ -123,7 +119,7 @@ def cast(node: ir.Node, ctx: Lowering) -> None:
     if ctx.weight_of(node.outputs[0]) is not None:
         return  # whoever reads the weight asks for it itself
     x = ctx.value(node.inputs[0])
-    dtype = {1: "float32", 6: "int32", 7: "int32", 9: "bool"}[int(_number(node, "to", 1))]
+    dtype = {1: "float32", 6: "int32", 7: "int32", 9: "bool"}[int(attribute(node, "to", 1))]
     ctx.tensors[node.outputs[0]] = (
         x if x.dtype == dtype else ctx.graph.emit("CAST", [x], x.shape, "CastOptions", dtype=dtype)
     )
@@ -147,7 +143,7 @@ def _scaled(ctx: Lowering, x: Tensor, epsilon: float) -> Tensor:
 @OPS.lower("RMSNormalization", note="MUL, MEAN, ADD, RSQRT, MUL, MUL")
 def rms_norm(node: ir.Node, ctx: Lowering) -> None:
     """RMSNormalization(X, scale)"""
-    normal = _scaled(ctx, ctx.value(node.inputs[0]), _number(node, "epsilon", 1e-5))
+    normal = _scaled(ctx, ctx.value(node.inputs[0]), attribute(node, "epsilon", 1e-5))
     ctx.tensors[node.outputs[0]] = ctx.binary("MUL", normal, ctx.value(node.inputs[1]))
 
 
@@ -155,7 +151,7 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
 def layer_norm(node: ir.Node, ctx: Lowering) -> None:
     """LayerNormalization(X, Scale, B)"""
     x = ctx.value(node.inputs[0])
-    normal = _scaled(ctx, ctx.binary("SUB", x, _mean(ctx, x)), _number(node, "epsilon", 1e-5))
+    normal = _scaled(ctx, ctx.binary("SUB", x, _mean(ctx, x)), attribute(node, "epsilon", 1e-5))
     made = ctx.binary("MUL", normal, ctx.value(node.inputs[1]))
     if len(node.inputs) > 2 and node.inputs[2] is not None:
         made = ctx.binary("ADD", made, ctx.value(node.inputs[2]))
@@ -166,7 +162,7 @@ def layer_norm(node: ir.Node, ctx: Lowering) -> None:
 def batch_norm(node: ir.Node, ctx: Lowering) -> None:
     """BatchNormalization(X, scale, B, input_mean, input_var)"""
     x, scale, bias, mean, variance = (ctx.value(value) for value in node.inputs)
-    power = ctx.binary("ADD", variance, ctx.scalar(_number(node, "epsilon", 1e-5)))
+    power = ctx.binary("ADD", variance, ctx.scalar(attribute(node, "epsilon", 1e-5)))
     factor = ctx.binary("MUL", scale, ctx.graph.emit("RSQRT", [power], power.shape))
     rest = ctx.binary("SUB", bias, ctx.binary("MUL", mean, factor))
     shape = (1, x.shape[1], *[1] * (len(x.shape) - 2))
@@ -181,7 +177,7 @@ def batch_norm(node: ir.Node, ctx: Lowering) -> None:
 def shape(node: ir.Node, ctx: Lowering) -> None:
     """Shape(data)"""
     sizes = ctx.value(node.inputs[0]).shape
-    start, end = int(_number(node, "start", 0)), _number(node, "end", None)
+    start, end = int(attribute(node, "start", 0)), attribute(node, "end", None)
     ctx.learn(node.outputs[0], np.array(sizes[start : None if end is None else int(end)], np.int64))
 
 
@@ -196,7 +192,7 @@ def range_(node: ir.Node, ctx: Lowering) -> None:
 def reshape(node: ir.Node, ctx: Lowering) -> None:
     """Reshape(data, shape)"""
     x, wanted = ctx.value(node.inputs[0]), ctx.numbers(node, 1)
-    if not _number(node, "allowzero", 0):
+    if not attribute(node, "allowzero", 0):
         wanted = [x.shape[axis] if size == 0 else size for axis, size in enumerate(wanted)]
     if -1 in wanted:
         rest = int(np.prod([size for size in wanted if size != -1], dtype=np.int64))
@@ -230,21 +226,21 @@ def transpose(node: ir.Node, ctx: Lowering) -> None:
     if ctx.weight_of(node.inputs[0]) is not None:
         return  # a multiplication takes its weight in rows, as it is stored
     x = ctx.value(node.inputs[0])
-    ctx.tensors[node.outputs[0]] = ctx.transpose(x, _number(node, "perm", range(len(x.shape))[::-1]))
+    ctx.tensors[node.outputs[0]] = ctx.transpose(x, attribute(node, "perm", range(len(x.shape))[::-1]))
 
 
 @OPS.lower("Concat", note="CONCATENATION")
 def concat(node: ir.Node, ctx: Lowering) -> None:
     """Concat(inputs...)"""
     parts = [ctx.value(value) for value in node.inputs]
-    ctx.tensors[node.outputs[0]] = ctx.concat(parts, int(_number(node, "axis", 0)) % len(parts[0].shape))
+    ctx.tensors[node.outputs[0]] = ctx.concat(parts, int(attribute(node, "axis", 0)) % len(parts[0].shape))
 
 
 @OPS.lower("Split", note="SPLIT into equal parts, else one SLICE each")
 def split(node: ir.Node, ctx: Lowering) -> None:
     """Split(input, split)"""
     x = ctx.value(node.inputs[0])
-    axis = int(_number(node, "axis", 0)) % len(x.shape)
+    axis = int(attribute(node, "axis", 0)) % len(x.shape)
     parts = len(node.outputs)
     if len(node.inputs) > 1 and node.inputs[1] is not None:
         sizes = ctx.numbers(node, 1)
@@ -340,7 +336,7 @@ def gather(node: ir.Node, ctx: Lowering) -> None:
     indices = ctx.value(node.inputs[1])
     if name is None:
         x = ctx.value(node.inputs[0])
-        axis = int(_number(node, "axis", 0)) % len(x.shape)
+        axis = int(attribute(node, "axis", 0)) % len(x.shape)
         made = _pick(ctx, x, axis, indices, ctx.known(node.inputs[1]))
     else:
         made = _look_up(ctx, name, indices)
@@ -388,7 +384,7 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
     kernel = ctx.kernel(name)
     axes = len(x.shape) - 2
     strides, dilations, pads = (
-        list(_number(node, key, [fill] * count)) for key, fill, count in
+        list(attribute(node, key, [fill] * count)) for key, fill, count in
         (("strides", 1, axes), ("dilations", 1, axes), ("pads", 0, 2 * axes))
     )  # fmt: skip
     if axes == 1:
@@ -422,7 +418,7 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
 def tensor_scatter(node: ir.Node, ctx: Lowering) -> None:
     """TensorScatter(past_cache, update, write_indices)"""
     past, new, position = (ctx.value(value) for value in node.inputs)
-    axis = int(_number(node, "axis", -2)) % len(past.shape)
+    axis = int(attribute(node, "axis", -2)) % len(past.shape)
 
     def place() -> Tensor:
         zeros = [ctx.integers(*[0] * count) if count else None for count in (axis, len(past.shape) - axis - 1)]
@@ -440,8 +436,8 @@ def rotary(node: ir.Node, ctx: Lowering) -> None:
     """RotaryEmbedding(X, cos_cache, sin_cache, position_ids)"""
     x = ctx.value(node.inputs[0])
     _, heads, length, width = x.shape
-    turned = int(_number(node, "rotary_embedding_dim", 0)) or width
-    pairs = _number(node, "interleaved", 0) == 1
+    turned = int(attribute(node, "rotary_embedding_dim", 0)) or width
+    pairs = attribute(node, "interleaved", 0) == 1
     cos, sin = (_angles(node, ctx, k, pairs=pairs) for k in (1, 2))
     head = ctx.slice(x, 3, 0, turned)
     if pairs:  # neighbours become the last axis of two; the batch, always 1, makes room for it
@@ -487,13 +483,13 @@ def _angles(node: ir.Node, ctx: Lowering, position: int, *, pairs: bool) -> Tens
 def attention(node: ir.Node, ctx: Lowering) -> None:
     """Attention(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)"""
     q, k, v = (ctx.value(value) for value in node.inputs[:3])
-    causal = _number(node, "is_causal", 0) == 1
+    causal = attribute(node, "is_causal", 0) == 1
     if causal and ctx.window:
         k, v = (ctx.slice(cache, 2, 0, ctx.window) for cache in (k, v))
     _, heads, length, width = q.shape
     keys, slots = k.shape[1], k.shape[2]
     shared = heads // keys
-    scale = _number(node, "scale", None)
+    scale = attribute(node, "scale", None)
     q = ctx.binary("MUL", q, ctx.scalar(width**-0.5 if scale is None else float(scale)))
     q = ctx.reshape(q, (1, keys, shared * length, width))
     scores = ctx.graph.emit("BATCH_MATMUL", [q, k], (1, keys, shared * length, slots), "BatchMatMulOptions", adjY=True)

@@ -50,17 +50,7 @@ def versions() -> dict[str, str]:
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node that the table refuses or does not know, all at once. Pure; no SDK."""
-    findings = []
-    for node in model.graph.graph:
-        row = OPS.get(node.op_type)
-        if row is None or row.kind == "reject":
-            why, fix = (
-                (row.why, row.fix) if row else ("the op table has no row for it", "add a row to onnxruntime_ops.py")
-            )
-            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", why, fix))
-        elif row.limit is not None and (reason := row.limit(node)) is not None:
-            findings.append(errors.op_not_lowered(NAME, node.op_type, node.name or "", reason, "see `edgeexport ops`"))
-    return findings
+    return OPS.check(model.graph.graph)
 
 
 def compile(

@@ -5,9 +5,15 @@ Five readers share a table: `check`, `compile`, `edgeexport ops`, the support ma
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+from edgeexport import errors
+from edgeexport.core import Finding
+
+if TYPE_CHECKING:
+    import onnx_ir as ir
 
 Limit = Callable[[Any], str | None]
 """Given a node, the reason why this backend cannot take it, or None."""
@@ -59,6 +65,24 @@ class OpTable:
     def get(self, op: str) -> Row | None:
         """The row of an op, or None."""
         return self._rows.get(op)
+
+    def refusal(self, op: str) -> tuple[str, str] | None:
+        """(why, what to do) of an op that the table refuses or does not know, else None."""
+        row = self._rows.get(op)
+        if row is None:
+            return "its op table has no row for it", f"add a row for {op} to the op table of {self.backend}"
+        return (row.why, row.fix) if row.kind == "reject" else None
+
+    def check(self, nodes: Iterable[ir.Node]) -> list[Finding]:
+        """One finding for each node that the table refuses, does not know, or takes only within other limits."""
+        findings = []
+        for node in nodes:
+            row, refused = self._rows.get(node.op_type), self.refusal(node.op_type)
+            if refused is None and row is not None and row.limit is not None and (reason := row.limit(node)):
+                refused = reason, "see `edgeexport ops`"
+            if refused is not None:
+                findings.append(errors.op_not_lowered(self.backend, node.op_type, node.name or "", *refused))
+        return findings
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self._rows.values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgeexport import errors
 from edgeexport.core import Finding, TensorClass, TensorRef
@@ -25,8 +25,8 @@ Limit = Callable[["ir.Node"], "str | None"]
 """Gives the reason why a node is outside the dialect, or None."""
 
 
-def attribute(node: ir.Node, name: str, default: object = None) -> object:
-    """An attribute's value, or `default`."""
+def attribute(node: ir.Node, name: str, default: Any = None) -> Any:
+    """An attribute's value, of the type that the op's schema gives it, or `default`."""
     found = node.attributes.get(name)
     return found.value if found is not None else default
 
