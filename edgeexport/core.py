@@ -342,7 +342,7 @@ class OracleModel:
     """The unmodified torch model that parity is measured against, on the meta device: shapes without storage, but for
     buffers that are no weights, which are real.
 
-    `logits` runs it on examples and gives float32 [V] rows from a token on, for each example; `layers` are the
+    `logits` runs it on examples and gives, for each, float32 [V] rows from its token `first` on; `layers` are the
     decoder's; `encoders` gives, for each component without state, the torch module that it stands for and what of that
     module's output is the component's, call by call. `read_by` names, for a module
     whose weights another one reads without calling it, that other one.
@@ -350,7 +350,7 @@ class OracleModel:
 
     model: Any
     layers: tuple[Any, ...]
-    logits: Callable[[Sequence[Example], int], list[Array]]
+    logits: Callable[[Sequence[Example], Sequence[int]], list[Array]]
     encoders: Mapping[str, tuple[Any, Callable[[Any], Iterable[Any]]]] = field(default_factory=dict)
     read_by: Mapping[Any, Any] = field(default_factory=dict)
 

@@ -21,6 +21,7 @@ from edgeexport.families.stages import (
     TextModel,
     fake_model,
     missing_parameters,
+    only_rows,
     oracle_model,
     padded,
     rms_norm_as_op,
@@ -119,7 +120,7 @@ def glm4v_oracle(config: Mapping[str, Any]) -> OracleModel:
     token, merge = int(config["image_token_id"]), int(vision.spatial_merge_size)
     lengths: dict[str, list[int]] = {}
 
-    def logits(examples: Sequence[Example], start: int) -> list[Array]:
+    def logits(examples: Sequence[Example], firsts: Sequence[int]) -> list[Array]:
         batch = padded(examples)
         pictures = [each for example in examples for each in example.encoder_inputs]
         grids = [each.grid for each in pictures if each.grid is not None]
@@ -132,8 +133,8 @@ def glm4v_oracle(config: Mapping[str, Any]) -> OracleModel:
                 "image_grid_thw": torch.tensor([(1, rows * merge, columns * merge) for rows, columns in grids]),
                 "mm_token_type_ids": (batch == token).int(),
             }
-        kept = torch.arange(start, batch.shape[1])
-        return list(model(input_ids=batch, use_cache=False, logits_to_keep=kept, **given).logits.numpy())
+        with only_rows(model.get_output_embeddings(), examples, firsts) as split:
+            return split(model(input_ids=batch, use_cache=False, **given).logits)
 
     return OracleModel(
         model=model,

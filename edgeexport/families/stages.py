@@ -542,12 +542,33 @@ def causal_oracle(config: Mapping[str, Any]) -> OracleModel:
     """A plain causal language model: all examples are one batch."""
     model = oracle_model(config)
 
-    def logits(examples: Sequence[Example], start: int) -> list[Array]:
-        batch = padded(examples)
-        kept = torch.arange(start, batch.shape[1])
-        return list(model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits.numpy())
+    def logits(examples: Sequence[Example], firsts: Sequence[int]) -> list[Array]:
+        with only_rows(model.get_output_embeddings(), examples, firsts) as split:
+            return split(model(input_ids=padded(examples), use_cache=False).logits)
 
     return OracleModel(model, tuple(model.model.layers), logits)
+
+
+@contextmanager
+def only_rows(
+    head: nn.Module, examples: Sequence[Example], firsts: Sequence[int]
+) -> Iterator[Callable[[torch.Tensor], list[Array]]]:
+    """Within, the lm_head multiplies nothing but the rows that are asked for: of each example [T] those from its
+    `first` on. A batch's longest prompt has many rows of a large vocabulary that nobody reads.
+
+    Gives the function that splits the logits [1, rows, V] into float32 [T - first, V] for each example.
+    """
+    counts = [len(example.tokens) - first for example, first in zip(examples, firsts, strict=True)]
+
+    def choose(_: nn.Module, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        rows = zip(args[0], firsts, counts, strict=True)
+        return torch.cat([row[first : first + count] for row, first, count in rows])[None]
+
+    hook = head.register_forward_pre_hook(choose)
+    try:
+        yield lambda logits: [each.numpy() for each in logits[0].split(counts)]
+    finally:
+        hook.remove()
 
 
 def padded(examples: Sequence[Example]) -> torch.Tensor:

@@ -194,7 +194,7 @@ class Evidence:
         reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
         firsts = [int(sequence.last[0]) for sequence in sequences]
         answers = reference.answers([sequence.example for sequence in sequences], firsts, threads)
-        outcome = Outcome(hidden=reference.hidden(0, len(sequences[0].example.tokens)))
+        outcome = Outcome(hidden=reference.hidden(len(sequences[0].example.tokens)))
         for sequence, answer in zip(sequences, answers, strict=True):
             outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
         outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}

@@ -58,6 +58,10 @@ REFERENCE_TOP1 = {"float": 1.0, "half": 1.0, "int8": 0.9, "int4": 0.6}
 """L5: share of decided positions (not near a tie) where both choose the same token, 320 tokens after ten prompts.
 Measured 320 of 320, 260 of 260, and 0.85 at 4 bits (a 135M model has little to spare)."""
 
+FEWEST_DECIDED = 8
+"""L5: a share of fewer decided positions than this is AMBIGUOUS, unless all must agree. One position decides nothing:
+of 80 tokens of a random 9B model, whose margins are all near the tie, one is decided."""
+
 NEAR_TIE = {"float": 2e-3, "half": 0.1, "int8": 1.0, "int4": 1.0}
 """L4 and L5: a position whose two best reference logits differ by less is AMBIGUOUS. For integer schemes it is what
 rounding activations to int8 may change: over 320 tokens the artifact left the greedy path of its own stored weights

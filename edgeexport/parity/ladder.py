@@ -210,15 +210,8 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
         with evidence.watch(f"Judging {title.removeprefix('tokens, ')}"):
             answers = Reference(subject.oracle(), rows).answers(asked, firsts)
         agree, near, total = _agreement([a.logits for a in answers], [a.tokens for a in answered], firsts, tie)
-        decided = total - near
-        share = agree / decided if decided else 0.0
         least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[kind])
-        row = _row(
-            DECODER, level, title, {"top1": share, "ambiguous": near, "tokens": total},
-            {"top1": least, "near_tie": tie}, share >= least,
-            f"{agree} of {decided} decided tokens agree; {near} near a tie are set aside",
-        )  # fmt: skip
-        state.results.append(row if decided else replace(row, verdict=Verdict.AMBIGUOUS))
+        state.results.append(_tokens_row(level, title, agree, near, total, {"top1": least, "near_tie": tie}))
     limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[kind])
     for sequence in evidence.sequences:
         steps = kl_divergence(oracle.logits[sequence.name], shipped.logits[sequence.name])
@@ -231,6 +224,17 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
             kl = float(steps.mean())
             row = _row(DECODER, "L5", title, {"kl": kl}, {"kl": limit}, kl <= limit)
         state.results.append(row)
+
+
+def _tokens_row(level: str, title: str, agree: int, near: int, total: int, gate: Mapping[str, float]) -> ParityResult:
+    """`agree` of the tokens that are not `near` a tie; AMBIGUOUS where too few of them are left to judge."""
+    decided = total - near
+    share = agree / decided if decided else 0.0
+    note = f"{agree} of {decided} decided tokens agree; {near} near a tie are set aside"
+    metrics = {"top1": share, "ambiguous": near, "tokens": total}
+    row = _row(DECODER, level, title, metrics, gate, share >= gate["top1"], note)
+    enough = decided >= (1 if gate["top1"] == 1 else gates.FEWEST_DECIDED)
+    return row if enough else replace(row, verdict=Verdict.AMBIGUOUS)
 
 
 def _features_row(

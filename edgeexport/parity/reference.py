@@ -66,16 +66,13 @@ class Reference:
         for made in self._made.values():
             made.clear()
         with torch.no_grad(), _torch_threads(threads):
-            logits = self._oracle.logits(examples, min(firsts))
-        start = min(firsts)
-        return [
-            Answer(first, logits[i][first - start : len(example.tokens) - start])
-            for i, (example, first) in enumerate(zip(examples, firsts, strict=True))
-        ]
+            logits = self._oracle.logits(examples, firsts)
+        return [Answer(first, rows) for first, rows in zip(firsts, logits, strict=True)]
 
-    def hidden(self, sequence: int, length: int) -> dict[str, Array]:
-        """The last pass's hidden state after each layer: float32 [length, hidden], by stage name."""
-        return {name: states[sequence, :length] for name, states in self._hidden.items()}
+    def hidden(self, length: int) -> dict[str, Array]:
+        """The last pass's hidden state of the first example after each layer: float32 [length, hidden], by stage
+        name."""
+        return {name: states[:length] for name, states in self._hidden.items()}
 
     def made(self, component: str) -> list[Array]:
         """What a component without state gave in the last pass, call by call: float32 [.., width] each."""
@@ -110,7 +107,8 @@ class Reference:
 
     def _keep_hidden(self, name: str) -> Any:
         def keep(_: nn.Module, __: Any, output: Any) -> None:
-            self._hidden[name] = (output[0] if isinstance(output, tuple) else output).numpy()
+            states = output[0] if isinstance(output, tuple) else output
+            self._hidden[name] = states[0].numpy().copy()  # a view would keep the whole batch
 
         return keep
 

@@ -21,6 +21,7 @@ from edgeexport.families.stages import (
     attention_over_all,
     empty_model,
     missing_parameters,
+    only_rows,
 )
 
 
@@ -160,13 +161,13 @@ def oracle(config: Config) -> OracleModel:
     """The unmodified model; the decoder runs all examples as one batch."""
     model = empty_model(lambda: AutoGLMPhone(config))
 
-    def logits(examples: Sequence[Example], start: int) -> list[Array]:
+    def logits(examples: Sequence[Example], firsts: Sequence[int]) -> list[Array]:
         rows = [_fed(model, example) for example in examples]
         batch = torch.zeros(len(rows), max(len(row) for row in rows), config.hidden_size)
         for each, row in zip(batch, rows, strict=True):
             each[: len(row)] = row  # what comes later changes no causal logits
-        kept = torch.arange(start, batch.shape[1])
-        return list(model.decoder(inputs_embeds=batch, use_cache=False, logits_to_keep=kept).logits.numpy())
+        with only_rows(model.decoder.get_output_embeddings(), examples, firsts) as split:
+            return split(model.decoder(inputs_embeds=batch, use_cache=False).logits)
 
     embedding = model.decoder.get_input_embeddings()
     modules = {
