@@ -1,8 +1,9 @@
-"""The artifacts of one model, open in their runtimes: the decoder at once, the others when they are first run."""
+"""The artifacts of one model, open in their runtimes, each when it is first used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,14 @@ class OpenArtifacts:
     def __init__(self, find: Find, threads: int | None = None, *, exact: bool = False) -> None:
         self._find, self._threads, self._exact = find, threads, exact
         self._graphs: dict[tuple[str, str], GraphRunner] = {}
-        folder, component = find("decoder")
+
+    @cached_property
+    def decoder(self) -> DecoderRunner:
+        """The decoder; it belongs to who asked for it, and `close` leaves it open."""
+        folder, component = self._find("decoder")
         runner = backends.load_runner(component.backend)
-        self.decoder: DecoderRunner = runner.open_decoder(folder, component, threads=threads, exact=exact)
+        opened: DecoderRunner = runner.open_decoder(folder, component, threads=self._threads, exact=self._exact)
+        return opened
 
     def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a component without state."""
@@ -35,7 +41,7 @@ class OpenArtifacts:
         return graph.run(inputs)
 
     def close(self) -> None:
-        """Release the components without state. The decoder belongs to the session that was made of it."""
+        """Release the components without state. One that is run again is opened again."""
         for graph in self._graphs.values():
             graph.close()
         self._graphs.clear()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -46,15 +47,17 @@ Watch = Callable[[str], Any]
 
 
 class Opened(Protocol):
-    """The artifacts of a model, open on this machine."""
+    """The artifacts of a model, on this machine, each opened when it is first used."""
 
-    decoder: DecoderRunner
+    @property
+    def decoder(self) -> DecoderRunner:
+        """The decoder, which the caller closes."""
 
     def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a component without state."""
 
     def close(self) -> None:
-        """Release everything."""
+        """Release the components without state."""
 
 
 class Open(Protocol):
@@ -230,7 +233,8 @@ class Evidence:
         return self.run_artifacts(exact=False)
 
     def run_artifacts(self, *, exact: bool) -> Outcome:
-        """The artifacts in their runtime."""
+        """The artifacts in their runtime: the decoder is opened when the others are closed, so that the peak is the
+        larger one."""
         outcome = Outcome()
         opened = self.subject.open(exact=exact)
 
@@ -240,28 +244,30 @@ class Evidence:
             return outputs
 
         try:
-            for sequence in self.sequences:
-                calls = self._calls(sequence, run)
-                outcome.logits[sequence.name] = np.stack(
-                    [opened.decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
-                )
+            asked = {sequence.name: self._calls(sequence, run) for sequence in self.sequences}
         finally:
             opened.close()
+        with closing(opened.decoder) as decoder:
+            for name, calls in asked.items():
+                outcome.logits[name] = np.stack(
+                    [decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
+                )
         return outcome
 
     def greedy(self) -> list[Example]:
         """The artifact's greedy continuation of every prompt, through the session that ships."""
         opened = self.subject.open()
         contract = self.subject.contract
-        session = Session(opened.decoder, Inputs(contract, opened.run, opened.close) if contract else None)
+        inputs = Inputs(contract, opened.run, opened.close) if contract else None
         prompts = [*self.subject.prompts, *self.subject.shown.values()]
+        features = [[inputs.encode(each) for each in prompt.encoder_inputs] if inputs else [] for prompt in prompts]
+        opened.close()  # the encoders' memory goes before the decoder's comes
         answered = []
-        with session, self.watch("Answering with the artifact") as progress:
-            for done, prompt in enumerate(prompts):
+        with Session(opened.decoder, inputs) as session, self.watch("Answering with the artifact") as progress:
+            for done, (prompt, made) in enumerate(zip(prompts, features, strict=True)):
                 session.reset()
-                features = [session.inputs.encode(each) for each in prompt.encoder_inputs] if session.inputs else []
                 tokens = [int(token) for token in prompt.tokens]
-                logits = session.prefill(prompt.tokens, features)
+                logits = session.prefill(prompt.tokens, made)
                 for _ in range(self.subject.answer_tokens):
                     tokens.append(int(np.argmax(logits)))
                     if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
