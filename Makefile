@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden bench bench-peers bench-1b bench-9b bench-mini test-gpu clean
+.PHONY: setup demo test lint golden bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,15 @@ bench-peers: setup
 # Held-out accuracy of the bundle that `make demo` builds, beside the figures of its training log.
 bench-mini: setup
 	$(BIN)/python -m edgeexport.families.autoglm_phone.evaluate $(MINI)
+
+# Our TFLite file beside the one that litert-torch makes, in a venv of its own (2 GB).
+.venv-litert-torch:
+	$(PYTHON) -m venv $@.partial
+	$@.partial/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 LITERT
+	mv $@.partial $@
+
+test-peer: setup .venv-litert-torch
+	$(BIN)/python -m pytest -q -s -m peer
 
 test-gpu: setup
 	$(BIN)/python -m pytest -q -m gpu || [ $$? -eq 5 ]

@@ -6,6 +6,7 @@ largest of the three, not their sum.
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,6 +202,7 @@ class Evidence:
         for sequence, answer in zip(sequences, answers, strict=True):
             outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
         outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}
+        _give_back()
         return outcome
 
     def run_graph(self, sequences: Sequence[Script], rows: Rows, progress: Progress, threads: int = 0) -> Outcome:
@@ -224,7 +226,8 @@ class Evidence:
             outcome.logits[sequence.name] = trail.logits[start : start + len(each)]
             start += len(each)
         first = len(sequences[0].example.tokens)
-        outcome.hidden = {stage: states[:first] for stage, states in trail.hidden.items()}
+        outcome.hidden = {stage: states[:first].copy() for stage, states in trail.hidden.items()}
+        _give_back()
         return outcome
 
     @cached_property
@@ -252,6 +255,7 @@ class Evidence:
                 outcome.logits[name] = np.stack(
                     [decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
                 )
+        _give_back()
         return outcome
 
     def greedy(self) -> list[Example]:
@@ -262,6 +266,7 @@ class Evidence:
         prompts = [*self.subject.prompts, *self.subject.shown.values()]
         features = [[inputs.encode(each) for each in prompt.encoder_inputs] if inputs else [] for prompt in prompts]
         opened.close()  # the encoders' memory goes before the decoder's comes
+        _give_back()
         answered = []
         with Session(opened.decoder, inputs) as session, self.watch("Answering with the artifact") as progress:
             for done, (prompt, made) in enumerate(zip(prompts, features, strict=True)):
@@ -290,6 +295,13 @@ class Evidence:
             Call(fed[start:stop], start, None if rope is None else rope[:, start:stop])
             for start, stop in pairwise(sequence.cuts)
         ]
+
+
+def _give_back() -> None:
+    """Return what was freed to the system: glibc keeps it else, gigabytes between a run and the next."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _text_tokens(tokens: Array) -> set[int]:

@@ -20,6 +20,11 @@ LIMITS = (
     "Nothing here says whether the model's answers are good: the ladder compares with the checkpoint, right or wrong.",
 )
 """What holds for every report; a build adds its own."""
+MEASURED = (
+    "Rows whose note names a device ran there, over the golden vectors alone; all others ran on the build host's "
+    "processor. Another device has other kernels, which may round differently."
+)
+"""Stands in for the first of `LIMITS` where devices have measured too."""
 
 TITLES = {
     "L1": "the artifact opens, with the signatures it promises",
@@ -43,6 +48,8 @@ class Extra(TypedDict, total=False):
     """Per stored tensor: `tensor`, `class`, `format`, `snr_db`, `zero_share` (see charts.snr_chart)."""
     sizes: Mapping[str, float | int]
     """Sizes and memory by name; a name that ends in _bytes is shown with a unit."""
+    devices: Sequence[Mapping[str, Any]]
+    """What measured beside the build host: `model`, `system`, `date`."""
 
 
 def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
@@ -67,7 +74,7 @@ def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
             }
             for result in results
         ],
-        "limits": [*LIMITS, *extra.get("limits", ())],
+        "limits": _limits(extra),
     }
     return (json.dumps(_plain(document), sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
@@ -111,9 +118,15 @@ def write_html(results: Sequence[ParityResult], extra: Extra) -> bytes:
         drift=drift_chart(extra.get("drift", ())),
         snr=snr_chart(extra.get("weights", ())),
         sizes=[(name.removesuffix("_bytes").replace("_", " "), _size(name, value)) for name, value in _sizes(extra)],
-        limits=[*LIMITS, *extra.get("limits", ())],
+        limits=_limits(extra),
+        devices=extra.get("devices", ()),
     )
     return page.encode("utf-8")
+
+
+def _limits(extra: Extra) -> list[str]:
+    first = MEASURED if extra.get("devices") else LIMITS[0]
+    return [first, *LIMITS[1:], *extra.get("limits", ())]
 
 
 def _sizes(extra: Extra) -> list[tuple[str, float | int]]:
