@@ -66,7 +66,8 @@ bench-mini: setup
 # Our TFLite file beside the one that litert-torch makes, in a venv of its own (2 GB).
 .venv-litert-torch:
 	$(PYTHON) -m venv $@.partial
-	$@.partial/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 LITERT
+	$@.partial/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 \
+	  litert-torch==0.10.0 transformers==5.23.0 accelerate==1.15.0 gguf==0.19.0
 	mv $@.partial $@
 
 test-peer: setup .venv-litert-torch

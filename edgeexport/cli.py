@@ -168,20 +168,41 @@ def export(
 def parity(
     context: typer.Context,
     bundle: BundlePath,
-    model: Model,
+    model: Annotated[
+        str | None, typer.Argument(help="The checkpoint that the bundle was built from; not needed with --import.")
+    ] = None,
     level: Annotated[Level, typer.Option(help="How far to climb the parity ladder.")] = "L5",
     max_rss: MaxRss = None,
+    imported: Annotated[
+        list[Path] | None,
+        typer.Option("--import", metavar="REPORT", help="A report that a device made of BUNDLE; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="With --import: the folder to write to; BUNDLE.parity by default."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
 ) -> None:
-    """Climb the parity ladder again.
+    """Climb the parity ladder again, or add what devices measured.
 
-    Compares BUNDLE with the MODEL it was built from.
+    Compares BUNDLE with the MODEL it was built from. With --import, writes parity.json and parity.html with the rows
+    of BUNDLE and those of the devices to another folder: BUNDLE stays as it is.
     """
-    from edgeexport import cli_show, pipeline
+    from edgeexport import cli_import, cli_show, errors, pipeline
 
     console: Console = context.obj
+    if imported:
+        if model is not None:
+            raise errors.bad_command_line("edgeexport parity", "MODEL and --import exclude each other")
+        folder = out or bundle.with_name(f"{bundle.name}.parity")
+        cli_show.parity(console, folder, cli_import.merge(bundle, imported, folder))
+        return
+    if model is None:
+        raise errors.bad_command_line("edgeexport parity", "Missing argument 'MODEL'.")
+    if out is not None:
+        raise errors.bad_command_line("edgeexport parity", "--out belongs to --import")
     limit = _size("--max-rss", max_rss)
     cli_show.parity(console, bundle, pipeline.parity(bundle, model, level=level, max_rss=limit, console=console))
 

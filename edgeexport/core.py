@@ -220,25 +220,31 @@ class CanonicalModel:
     variant: str = ""
 
 
+PALETTE = 16
+"""Rows that share a palette, and numbers in it."""
+
+
 @dataclass(frozen=True)
 class Format:
     """How one tensor is stored. `block` counts elements along the last axis that share a scale; 0 means one
     scale per row (output channel). Integer formats are symmetric with float16 scales, which are above zero in a
-    `positive` one, whose runtime refuses others."""
+    `positive` one, whose runtime refuses others. In a `palette` one integers of 4 bits are places in a palette of 16
+    float16 numbers, which 16 rows share: a weight is one of them times its row's scale."""
 
     name: str
     bits: int
     integer: bool
     block: int = 0
     positive: bool = False
+    palette: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales."""
+        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales and palettes."""
         elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
         if not self.integer:
             return elements * self.bits // 8
         rows, width = elements // shape[-1], shape[-1]
-        scales = rows * (-(-width // self.block) if self.block else 1)
+        scales = rows * (-(-width // self.block) if self.block else 2 if self.palette else 1)
         return rows * (-(-width * self.bits // 8)) + 2 * scales
 
 
@@ -266,7 +272,8 @@ class StoredWeight:
     folder), byte offsets of data and scales, format, and the logical [rows, width] shape. `signed` integers lie in
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
     the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file,
-    where it is not the shape's: a row, along the first axis, stays a row."""
+    where it is not the shape's: a row, along the first axis, stays a row. `high_first`: of two int4 values in a byte,
+    the first is in the high bits. The float16 palettes of a format that has them lie at `palettes_offset`."""
 
     file: str
     offset: int
@@ -276,6 +283,8 @@ class StoredWeight:
     signed: bool = False
     scale_bits: int = 16
     order: tuple[int, ...] = ()
+    high_first: bool = False
+    palettes_offset: int = -1
 
 
 @dataclass(frozen=True)
@@ -362,7 +371,8 @@ class WeightSource(Protocol):
         """Rows as they go into a float artifact: float32 or float16 by the tensor's format."""
 
     def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """int8 values [rows, width] and float16 scales [rows, blocks] of an integer format."""
+        """int8 values [rows, width] and float16 scales [rows, blocks] of an integer format. Of one with palettes, from
+        a whole group of 16 rows to another; the numbers are [rows, 2] there, see quant/palettes.py."""
 
 
 Progress = Callable[[int, int], None]

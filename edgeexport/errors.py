@@ -16,7 +16,7 @@ it. Codes are permanent. tests/golden/errors/<code>.txt holds one rendering of e
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from edgeexport.core import Finding, ParityResult
@@ -63,7 +63,8 @@ class BundleError(EdgeExportError):
 def suggest(name: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for an unknown name, and the names there are."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    begun = [each for each in names if name and each.startswith(name)]
+    close = sorted(begun, key=len) or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     listed = ", ".join(names) if names else "none"
     return (f"did you mean {close[0]}? " if close else "") + f"known: {listed}"
 
@@ -1288,6 +1289,16 @@ def unknown_backend(name: str, known: Iterable[str]) -> UsageError:
     )
 
 
+def cache_not_aligned(target: str, slots: int, multiple: int) -> Finding:
+    return _error(
+        "cache-not-aligned",
+        f"a KV cache of {slots} slots does not suit {target}",
+        "--context",
+        f"its processor takes multiples of {multiple} without padding and copies",
+        f"give --context {-(-slots // multiple) * multiple}",
+    )
+
+
 def op_not_lowered(backend: str, op: str, node: str, why: str, fix: str) -> Finding:
     return _error("op-not-lowered", f"{backend} has no lowering for {op}", node, why, fix)
 
@@ -1300,6 +1311,30 @@ def ort_file_too_large(path: Path, size: int, limit: int) -> LoweringError:
             path,
             f"the format ends at {limit / 2**30:.2f} GiB",
             "set ort_format = false in the target's [options], or choose a smaller scheme with --quant",
+        )
+    )
+
+
+def mnn_conversion_failed(component: str, said: str) -> LoweringError:
+    return LoweringError(
+        _error(
+            "mnn-conversion-failed",
+            f"MNN's converter made nothing of {component}",
+            component,
+            f"it said: {said}",
+            "build for another target; the graph is right, and MNN's converter is at fault: report this to us",
+        )
+    )
+
+
+def mnn_tokenizer_unsupported(part: str, kind: str) -> LoweringError:
+    return LoweringError(
+        _error(
+            "mnn-tokenizer-unsupported",
+            f"MNN-LLM cannot tokenise as tokenizer.json does: {part} {kind}",
+            "tokenizer.json",
+            "its tokenizer has no such step, and another one would give other tokens",
+            "build for another target, such as android-tflite, or android-ort",
         )
     )
 
@@ -1454,6 +1489,30 @@ def max_rss_exceeded(limit: int, peak: int) -> Finding:
     )
 
 
+def parity_report_bad(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "parity-report-bad",
+            "the parity report cannot be used",
+            where,
+            problem,
+            "make it again with `swift run edgeexport-parity BUNDLE report.json`, from ios_runtime of this version",
+        )
+    )
+
+
+def parity_report_of_another_bundle(where: object, recorded: str, found: str) -> BundleError:
+    return BundleError(
+        _error(
+            "parity-report-of-another-bundle",
+            "the parity report was made from another bundle",
+            where,
+            f"the sha256 of its manifest.json is {recorded}, this one's is {found}",
+            "give the bundle that was copied to the device, or measure this one there",
+        )
+    )
+
+
 def bundle_of_another_model(folder: Path, recorded: str, found: str) -> BundleError:
     return BundleError(
         _error(
@@ -1475,6 +1534,34 @@ def cannot_link_weights(path: Path, why: str) -> UsageError:
             why,
             "choose a folder on the checkpoint's file system with -o, or leave out --reference-weights",
         )
+    )
+
+
+def nnapi_deprecated(target: str) -> Finding:
+    return Finding(
+        "warning",
+        "nnapi-deprecated",
+        "NNAPI is deprecated since Android 15",
+        target,
+        "Android asks apps to move away from it; it never takes a write into the KV cache, and what a driver does not "
+        "take runs on the processor, piece by piece",
+        "build for android-tflite, unless the device is known to have a driver that pays",
+    )
+
+
+def nnapi_share(
+    component: str, signature: str, level: int, operators: tuple[int, int], macs: tuple[int, int], pieces: int,
+    reasons: Sequence[str],
+) -> Finding:  # fmt: skip
+    share = 100 * macs[0] / macs[1] if macs[1] else 100.0
+    return Finding(
+        "note",
+        "nnapi-share",
+        f"of {component}, NNAPI would take {operators[0]} of {operators[1]} operators and {share:.1f}% of the "
+        f"multiply-accumulates, in {pieces} {'piece' if pieces == 1 else 'pieces'}",
+        f"{component}.tflite, {signature}, feature level {level}",
+        "; ".join(reasons) if reasons else "every operator is within its limits",
+        "docs/nnapi.md says what each feature level takes; a driver may refuse more",
     )
 
 

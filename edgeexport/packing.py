@@ -41,3 +41,9 @@ def pack_int8(values: Int8) -> UInt8:
 def unpack_int8(packed: UInt8) -> Int8:
     """The inverse of `pack_int8`."""
     return np.bitwise_xor(packed, np.uint8(128)).view(np.int8)
+
+
+def swap_nibbles(packed: UInt8) -> UInt8:
+    """Bytes with their two int4 values in the other order: the inverse of itself."""
+    swapped: UInt8 = np.bitwise_or(packed << 4, packed >> 4)
+    return swapped

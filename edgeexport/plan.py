@@ -44,8 +44,8 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     Raises: EdgeExportError, of the first problem's class, when checkpoint, target, scheme or family cannot be found:
     all of them in one. CheckpointError when config.json has no usable sizes.
     """
+    from edgeexport import backends, families, targets
     from edgeexport import checkpoint as checkpoints
-    from edgeexport import families, targets
     from edgeexport import quant as schemes
 
     problems = _Problems()
@@ -53,7 +53,8 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     aim = problems.attempt(lambda: targets.load(target))
     family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
     name = quant or (aim.quant if aim else None)
-    scheme = problems.attempt(lambda: schemes.find(name)) if name else None
+    own = getattr(backends.load(aim.backend), "SCHEMES", ()) if aim else schemes.OWN_SCHEMES
+    scheme = problems.attempt(lambda: schemes.find(name, own)) if name else None
     if not (opened and aim and family and scheme):
         raise problems.as_one()
 

@@ -20,10 +20,10 @@ MAX_FILE_BYTES = 1 << 20
 
 GATES: Mapping[str, tuple[str, ...]] = {
     "L1": (),
-    "L2": ("max_abs",),
+    "L2": ("features", "max_abs"),
     "L3": ("min_snr_db",),
-    "L4": ("kl", "max_abs"),
-    "L5": ("kl", "max_abs", "near_tie", "top1"),
+    "L4": ("features", "kl", "max_abs"),
+    "L5": ("features", "kl", "max_abs", "near_tie", "top1"),
 }
 """The gates of each level that a target may override, with a `why`."""
 
@@ -145,9 +145,9 @@ def _backends() -> Iterable[str]:
 
 
 def _schemes() -> Iterable[str]:
-    from edgeexport.quant import SCHEMES
+    from edgeexport.quant import OWN_SCHEMES, SCHEMES
 
-    return SCHEMES
+    return [*SCHEMES, *OWN_SCHEMES]
 
 
 _REQUIRED: Mapping[str, Check] = {

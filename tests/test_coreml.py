@@ -102,12 +102,26 @@ def test_a_length_that_an_input_says_is_refused(tmp_path: Path) -> None:
 # whole components
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "fp16", "int8", "int4-b32"])
+LAYOUTS = [(scheme, "tokens") for scheme in ("fp32", "fp16", "int8", "int4-b32")] + [
+    (scheme, "channels") for scheme in ("fp16", "int4-b32", "palette4")
+]
+
+
+@pytest.fixture
+def eight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pieces of 8 be whole ones in the layout of the Neural Engine too."""
+    monkeypatch.setattr(coreml, "MULTIPLE", 8)
+
+
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize(("scheme", "layout"), LAYOUTS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_decoder_computes_what_the_canonical_graph_computes(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
+def test_a_decoder_computes_what_the_canonical_graph_computes(
+    name: str, scheme: str, layout: str, zoo: Zoo, tmp_path: Path
+) -> None:
     found = zoo.traced(name)
     models, plan = found.variants("decoder"), found.plan(scheme)
-    artifact = compiled(models, plan, tmp_path)
+    artifact = compiled(models, plan, tmp_path, layout=layout)
     weights = stored(models, plan)
     for key, weight in artifact.weights.items():
         rows = read_rows(tmp_path, weight, 0, weight.shape[0])
@@ -143,14 +157,15 @@ WITHOUT_STATE = [("glm4v", "vision"), ("glm4v", "embed")] + [
 ]
 
 
-@pytest.mark.parametrize("scheme", ["fp32", "int8"])
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize(("scheme", "layout"), [("fp32", "tokens"), ("int8", "tokens"), ("int8", "channels")])
 @pytest.mark.parametrize(("name", "component"), WITHOUT_STATE)
 def test_a_component_without_state_computes_the_same(
-    name: str, component: str, scheme: str, zoo: Zoo, tmp_path: Path
+    name: str, component: str, scheme: str, layout: str, zoo: Zoo, tmp_path: Path
 ) -> None:
     found = zoo.traced(name)
     models, plan = found.variants(component), found.plan(scheme, component)
-    artifact = compiled(models, plan, tmp_path)
+    artifact = compiled(models, plan, tmp_path, layout=layout)
     rng = np.random.default_rng(3)
     for model in models:
         inputs = {spec.name: some(spec, rng) for spec in model.inputs}
@@ -194,13 +209,16 @@ def test_signatures_are_those_of_the_canonical_graph(name: str, zoo: Zoo, tmp_pa
                 assert all(isinstance(b, Dim) or a == b for a, b in pairs)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize(
+    ("scheme", "layout"), [(scheme, "tokens") for scheme in SCHEMES] + [("int8", "channels"), ("palette4", "channels")]
+)
 @pytest.mark.parametrize("name", ["glm4", "glm4v", "autoglm_phone", "qwen2"])
-def test_coremltools_finds_the_same_types(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
+def test_coremltools_finds_the_same_types(name: str, scheme: str, layout: str, zoo: Zoo, tmp_path: Path) -> None:
     """Its loader builds every operation again, infers its type and compares it with the one that is declared."""
     found = zoo.traced(name)
     for component in found.components():
-        compiled(found.variants(component), found.plan(scheme, component), tmp_path)
+        compiled(found.variants(component), found.plan(scheme, component), tmp_path, layout=layout)
         types_are_right(tmp_path / f"{component}.mlpackage")
         shutil.rmtree(tmp_path / f"{component}.mlpackage")
 
@@ -244,6 +262,36 @@ def test_a_package_without_coremltools_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setattr(coreml_mil, "PathFinder", SimpleNamespace(find_spec=lambda name: None))
     with pytest.raises(errors.ToolError, match="missing-package"):
         coreml_mil.protobuf.__wrapped__()
+
+
+# the layout of the Neural Engine
+
+
+@pytest.mark.usefixtures("eight")
+def test_every_multiplication_is_a_convolution_and_tokens_stay_last(zoo: Zoo, tmp_path: Path) -> None:
+    """Between attention and attention no activation is turned: three transposes lead into each layer's attention, one
+    out of it, and one value, the embedding, comes in."""
+    found = zoo.traced("llama")
+    compiled([found.model], found.plan("palette4"), tmp_path, layout="channels")
+    layers = len(found.model.state) // 2
+    for name in ("decode", "prefill"):
+        steps = Interpreter(tmp_path / "decoder.mlpackage").function(name).steps
+        kinds = [step.kind for step in steps]
+        assert "linear" not in kinds and "matmul" not in kinds
+        assert kinds.count("conv") == 7 * layers + 1
+        assert kinds.count("transpose") <= 4 * layers + 4
+        shapes = [step.types[0].shape for step in steps if step.kind in ("conv", "layer_norm", "sigmoid")]
+        count = {"decode": 1, "prefill": 8}[name]
+        inner = [shape for shape in shapes if len(shape) == 4]
+        assert len(inner) >= len(shapes) - 1  # the first norm, of the embedding
+        assert {(shape[0], shape[2]) for shape in inner} == {(1, 1)}
+        assert {shape[3] for shape in inner} <= {1, count}
+
+
+@pytest.mark.parametrize(("prefill", "layout"), [(8, "channels"), (0, "tokens")])
+def test_sizes_that_no_function_can_have_are_refused(prefill: int, layout: Any) -> None:
+    with pytest.raises(ValueError, match="prefill"):
+        coreml.Options(prefill=prefill, layout=layout)
 
 
 # the two miscompilations, and others like them
@@ -359,13 +407,16 @@ def test_the_pass_that_returns_stale_states_is_caught(tmp_path: Path) -> None:
 # a model that is too large for one file
 
 
-@pytest.mark.parametrize("name", ["llama", "glm4v", "autoglm_phone"])
-def test_a_decoder_in_several_packages_computes_the_same(name: str, zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize(
+    ("name", "layout"), [("llama", "tokens"), ("llama", "channels"), ("glm4v", "tokens"), ("autoglm_phone", "tokens")]
+)
+def test_a_decoder_in_several_packages_computes_the_same(name: str, layout: str, zoo: Zoo, tmp_path: Path) -> None:
     found = zoo.traced(name)
     models, plan = found.variants("decoder"), found.plan("fp16")
-    whole = compiled(models, plan, tmp_path / "whole")
+    whole = compiled(models, plan, tmp_path / "whole", layout=layout)
     size = (tmp_path / "whole" / "decoder.mlpackage" / WEIGHTS).stat().st_size
-    small = replace(target(), limits={"max_file_bytes": int(0.6 * size)})
+    small = replace(target(layout=layout), limits={"max_file_bytes": int(0.6 * size)})
     with WeightReader() as reader:
         source = PlannedWeights(reader, models[0].weights, plan)
         cut = coreml.compile(models, small, plan, source, tmp_path)

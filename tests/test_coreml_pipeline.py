@@ -23,22 +23,50 @@ CONTEXT = 96
 WALKS = [("llama", "fp16"), ("qwen3", "int8"), ("glm4", "int4-b32"), ("glm4v", "int4-b32"), ("autoglm_phone", "int8")]
 
 
+NEURAL_ENGINE = [("qwen2", "palette4"), ("glm4v", "palette4"), ("autoglm_phone", "palette4")]
+
+
 @pytest.fixture(scope="module")
 def small_target(tmp_path_factory: pytest.TempPathFactory) -> str:
     """ios-coreml for screens of 56 x 84 pixels and prompts in pieces of 8."""
-    text = (Path(__file__).parent.parent / "targets" / "ios-coreml.toml").read_text()
-    for key, value in (("screens", [[56, 84], [84, 56]]), ("max_pixels", 56 * 84), ("prefill", 8)):
+    return small("ios-coreml", 8, tmp_path_factory.mktemp("targets"))
+
+
+def small(target: str, prefill: int, folder: Path) -> str:
+    text = (Path(__file__).parent.parent / "targets" / f"{target}.toml").read_text()
+    for key, value in (("screens", [[56, 84], [84, 56]]), ("max_pixels", 56 * 84), ("prefill", prefill)):
         text, found = re.subn(rf"^{key} = .*$", f"{key} = {value}", text, flags=re.MULTILINE)
         assert found == 1
-    path = tmp_path_factory.mktemp("targets") / "small.toml"
+    path = folder / "small.toml"
     path.write_text(text)
     return str(path)
 
 
 @pytest.mark.parametrize(("family", "scheme"), WALKS)
 def test_a_model_walks_to_a_bundle(family: str, scheme: str, small_target: str, tmp_path: Path) -> None:
+    walks(family, scheme, small_target, tmp_path)
+
+
+@pytest.mark.parametrize(("family", "scheme"), NEURAL_ENGINE)
+def test_a_model_walks_to_the_neural_engine(family: str, scheme: str, tmp_path: Path) -> None:
+    from edgeexport.backends.coreml_interpreter import Interpreter
+
+    bundle = walks(family, scheme, small("ios-coreml-ane", 32, tmp_path), tmp_path)
+    kinds = {step.kind for step in Interpreter(bundle / "decoder.mlpackage").function("prefill").steps}
+    assert "conv" in kinds and "linear" not in kinds
+
+
+def test_a_cache_that_the_neural_engine_would_pad_is_refused(tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(write_checkpoint(tmp_path / "llama", families.find("llama").tiny))
+    with pytest.raises(errors.LoweringError, match="cache-not-aligned") as caught:
+        build(str(checkpoint), "ios-coreml-ane", tmp_path / "out", context=40)
+    assert "--context 64" in caught.value.findings[0].fix
+
+
+def walks(family: str, scheme: str, target: str, tmp_path: Path) -> Path:
+    """Build a tiny model, climb the ladder, and use the bundle."""
     checkpoint = with_tokenizer(write_checkpoint(tmp_path / family, families.find(family).tiny))
-    result = build(str(checkpoint), small_target, tmp_path / "out", quant=scheme, context=CONTEXT)
+    result = build(str(checkpoint), target, tmp_path / "out", quant=scheme, context=CONTEXT)
     assert {row.level for row in result.results} == set(LEVELS)
     assert not [row for row in result.results if row.verdict in (Verdict.FAIL, Verdict.NOT_RUN)]
     assert "coreml-interpreted" in {finding.code for finding in result.findings}
@@ -57,6 +85,7 @@ def test_a_model_walks_to_a_bundle(family: str, scheme: str, small_target: str, 
         for token in tokens[13:]:
             last = session.decode(int(token))
         np.testing.assert_allclose(last, whole, atol=0.02)
+    return result.bundle
 
 
 def failed(checkpoint: Path, target: str, out: Path) -> set[str]:

@@ -17,9 +17,11 @@ pytestmark = pytest.mark.real
 TOKENS_PER_SECOND = 2.0
 
 
-@pytest.mark.parametrize("scheme", ["fp16", "int4-b32"])
-def test_smollm2_is_right_and_answers(scheme: str, tmp_path: Path) -> None:
-    result = build("smollm2-135m", "ios-coreml", tmp_path, quant=scheme, context=512, parity="L4")
+@pytest.mark.parametrize(
+    ("target", "scheme"), [("ios-coreml", "fp16"), ("ios-coreml", "int4-b32"), ("ios-coreml-ane", "palette4")]
+)
+def test_smollm2_is_right_and_answers(target: str, scheme: str, tmp_path: Path) -> None:
+    result = build("smollm2-135m", target, tmp_path, quant=scheme, context=512, parity="L4")
     assert not [row for row in result.results if row.verdict is Verdict.FAIL]
     assert result.size < 1.02 * result.ideal_bytes  # the program has both functions
     with open_bundle(result.bundle).session() as session:

@@ -16,8 +16,9 @@ from edgeexport import quant
 from edgeexport.core import Format, TensorClass
 from edgeexport.errors import CheckpointError, UsageError
 from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
-from edgeexport.quant import FORMATS, SCHEMES
+from edgeexport.quant import FORMATS, OWN_SCHEMES, SCHEMES
 from edgeexport.quant.plan import classify
+from edgeexport.quant.schemes import PALETTE4
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import (
     CHUNK,
@@ -42,20 +43,27 @@ def snr_db(reference: np.ndarray, stored: np.ndarray) -> float:
 # schemes and plans
 
 
-@pytest.mark.parametrize("scheme", SCHEMES.values(), ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize("scheme", [*SCHEMES.values(), *OWN_SCHEMES.values()], ids=lambda scheme: scheme.name)
 def test_schemes_are_consistent(scheme: quant.Scheme) -> None:
-    assert SCHEMES[scheme.name] is scheme
+    assert quant.find(scheme.name) is scheme
     assert scheme.embedding == scheme.lm_head, "tied models keep both in one tensor"
     assert scheme.other == FORMATS["fp32"]
     assert set(scheme.formats) == set(get_args(TensorClass))
     assert not scheme.convolution.integer
-    assert all(FORMATS[fmt.name] == fmt for fmt in scheme.formats.values())
+    assert all({**FORMATS, "palette4": PALETTE4}[fmt.name] == fmt for fmt in scheme.formats.values())
 
 
 def test_unknown_scheme_has_a_suggestion() -> None:
     with pytest.raises(UsageError) as caught:
         quant.find("int4-b23")
     assert "did you mean int4-b32" in caught.value.findings[0].why
+
+
+def test_a_scheme_of_one_backend_is_unknown_to_others() -> None:
+    assert quant.find("palette4", ["palette4"]).linear.palette
+    with pytest.raises(UsageError) as caught:
+        quant.find("palette4", ())
+    assert "palette4" not in caught.value.findings[0].why
 
 
 @pytest.mark.parametrize(

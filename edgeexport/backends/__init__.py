@@ -17,6 +17,8 @@ from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPl
 BACKENDS: Mapping[str, str] = {
     "coreml": "edgeexport.backends.coreml",
     "litert": "edgeexport.backends.litert",
+    "litert-nnapi": "edgeexport.backends.litert_nnapi",
+    "mnn": "edgeexport.backends.mnn",
     "onnxruntime": "edgeexport.backends.onnxruntime",
 }
 """Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from edgeexport import errors
+from edgeexport.backends.coreml_channels import MULTIPLE
 from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_ops import OPS
 from edgeexport.core import (
@@ -41,7 +42,9 @@ FLOAT = "float16"
 """What is computed in. Inputs and outputs of the model are float32."""
 HOST_TYPES = {"float32": "float32", "int64": "int32"}
 """Element type of the model's inputs and outputs to that of the program's: Core ML takes no int64."""
-__all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions"]
+SCHEMES = ("palette4",)
+"""Schemes that are not every backend's."""
+__all__ = ["NAME", "OPS", "OPTIONS", "SCHEMES", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,17 @@ class Options:
     features: int = 1024
     """Features of pictures and sounds, together, that tokens may look at in a component `fusion`; fewer are padded."""
 
+    layout: Literal["tokens", "channels"] = "tokens"
+    """Of activations: [1, T, C] and multiplications as `linear`, or [1, C, 1, T] and convolutions of 1 x 1, which the
+    Neural Engine wants; then prefill, cache and heads should be multiples of 32."""
+
     def __post_init__(self) -> None:
         if not 2 <= self.prefill <= 1024:
             raise ValueError(f"prefill is {self.prefill}; 2 to 1024 tokens are possible")
         if not 1 <= self.features <= 8192:
             raise ValueError(f"features is {self.features}; 1 to 8192 are possible")
+        if self.layout == "channels" and (self.prefill % MULTIPLE or self.features % MULTIPLE):
+            raise ValueError(f"prefill and features must be multiples of {MULTIPLE} in this layout")
 
 
 OPTIONS = Options
@@ -75,8 +84,14 @@ def versions() -> dict[str, str]:
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
-    """Every node that the table refuses or does not know, all at once. Pure; no SDK."""
-    return OPS.check(model.graph.graph)
+    """Every node that the table refuses or does not know, and a cache that the layout does not take, all at once.
+    Pure; no SDK."""
+    found = OPS.check(model.graph.graph)
+    pasts = {past for past, _ in model.state}
+    slots = {size for spec in model.inputs if spec.name in pasts for size in spec.shape[2:3] if isinstance(size, int)}
+    if Options(**target.options).layout == "channels":
+        found += [errors.cache_not_aligned(target.name, size, MULTIPLE) for size in slots if size % MULTIPLE]
+    return found
 
 
 def compile(
@@ -109,7 +124,7 @@ def compile(
         for model in models:
             for signature, sizes in _functions(model, options):
                 named = function_name(signature)
-                lowered = coreml_lowering.Lowering(model, plan, weights, OPS, named, sizes, part).run()
+                lowered = coreml_lowering.Lowering(model, plan, weights, OPS, named, sizes, part, options.layout).run()
                 functions.append(lowered)
                 label = f"{signature}.{number}" if len(parts) > 1 else signature
                 signatures.append(_signature(model, label, lowered[1], f"{name}/{coreml_package.MANIFEST}"))

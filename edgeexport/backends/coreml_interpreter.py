@@ -7,6 +7,7 @@ nothing is rounded and all floating numbers are float32, which tells a wrong pro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 
 from edgeexport import errors
 from edgeexport.backends import coreml_interpreter_nn
+from edgeexport.backends.coreml_interpreter_nn import PLACES, is_product
 from edgeexport.backends.coreml_interpreter_ops import ints
 from edgeexport.backends.coreml_mil import FLOATS, Malformed, Type, literal, type_of
 from edgeexport.backends.coreml_package import Blob, Package
@@ -23,6 +25,9 @@ from edgeexport.core import Array
 
 OPS: Mapping[str, Callable[..., Any]] = coreml_interpreter_nn.OPS
 STATE_OPS = ("read_state", "write_state")
+BY_ROWS = ("const", "constexpr_blockwise_shift_scale", "constexpr_lut_to_dense")
+"""Constants whose parameters all have the result's first axis, or blocks of it. iOS 16's palettes, which have a shape
+of their own, do not."""
 LAZY_ELEMENTS = 1 << 16
 """Weights from here on are read when they are first used, and kept while there is room."""
 ROOM = 1 << 30
@@ -41,14 +46,18 @@ class Weight:
     def __init__(self, kind: str, inputs: Mapping[str, Any], found: Type, *, rounded: bool) -> None:
         self.shape, self._type = found.sizes, found
         self._kind, self._inputs, self._rounded = kind, inputs, rounded
-        rows = [each.shape[0] for each in inputs.values() if isinstance(each, Blob | np.ndarray) and each.shape]
-        self._by_rows = bool(self.shape) and set(rows) <= {1, self.shape[0]}
+        counts = {each.shape[0] for each in inputs.values() if isinstance(each, Held) and each.shape}
+        blocks = kind in BY_ROWS and bool(self.shape) and "shape" not in inputs
+        self._by_rows = blocks and all(count and self.shape[0] % count == 0 for count in counts)
+        self._group = math.lcm(*(self.shape[0] // count for count in counts - {1})) if self._by_rows else 1
 
     def rows(self, start: int, stop: int) -> Array:
         """Rows start..stop. Raises what the file and the operation raise."""
         if not self._by_rows:
             return self._decoded(None)[start:stop]
-        return self._decoded((start, stop))
+        first = start // self._group * self._group
+        last = min(-(-stop // self._group) * self._group, self.shape[0])
+        return self._decoded((first, last))[start - first : stop - first]
 
     def whole(self) -> Array:
         """All of it."""
@@ -61,10 +70,18 @@ class Weight:
 
 
 def _part(each: Any, rows: tuple[int, int] | None, shape: tuple[int, ...]) -> Any:
-    whole = rows is None or not isinstance(each, Blob | np.ndarray) or each.shape[0] != shape[0]
-    if isinstance(each, Blob):
-        return widened(each.read() if whole else each.rows(*rows or (0, 0)))
-    return each if whole else each[slice(*rows or (0, 0))]
+    """What a parameter has for these rows of the result; several may share one of its own."""
+    if not isinstance(each, Held):
+        return each
+    if rows is None or not each.shape or each.shape[0] == 1:
+        return each.whole() if isinstance(each, Weight) else widened(each.read()) if isinstance(each, Blob) else each
+    start, stop = (place * each.shape[0] // shape[0] for place in rows)
+    if isinstance(each, Weight):
+        return each.rows(start, stop)
+    return widened(each.rows(start, stop)) if isinstance(each, Blob) else each[start:stop]
+
+
+Held = Blob | np.ndarray | Weight
 
 
 @dataclass(frozen=True)
@@ -170,9 +187,12 @@ class Interpreter:
 
     def _apply(self, step: Step, got: dict[str, Any]) -> Any:
         """The operation itself; products and look-ups take a weight that is not kept piece by piece."""
-        weight = {"linear": "weight", "gather": "x"}.get(step.kind, "")
+        weight = {"linear": "weight", "conv": "weight", "gather": "x"}.get(step.kind, "")
         large = got.get(weight)
         if isinstance(large, Weight) and self._keep(large) is None:
+            if step.kind == "conv" and is_product(large.shape, **{name: got[name] for name in PLACES & got.keys()}):
+                columns = np.moveaxis(got["x"], 1, -1)
+                return np.moveaxis(_linear_by_rows(columns, large, got.get("bias")), -1, 1)
             if step.kind == "linear":
                 return _linear_by_rows(got["x"], large, got.get("bias"))
             if int(got.get("axis", 0)) == 0 and int(got.get("batch_dims", 0)) == 0:
@@ -281,7 +301,7 @@ class Interpreter:
             if binding.WhichOneof("binding") == "value":
                 inputs[parameter] = self._literal(binding.value)
             elif binding.name in constants:
-                inputs[parameter] = self._value(constants[binding.name])
+                inputs[parameter] = constants[binding.name]
             else:
                 raise Malformed(f"a constant is made of {binding.name!r}, which is none")
         if operation.type == "const" and not isinstance(inputs.get("val"), Blob | np.ndarray):
@@ -304,6 +324,8 @@ def _identity(each: Any) -> Any:
     """What tells two constants apart: the place of one in a file, the bytes of one that is not."""
     if isinstance(each, Blob):
         return str(each.path), each.offset, each.shape
+    if isinstance(each, Weight):
+        return id(each)
     return (each.tobytes(), each.shape) if isinstance(each, np.ndarray) else each
 
 
@@ -351,13 +373,13 @@ def _given(array: Array, found: Type) -> Array:
 
 
 def _linear_by_rows(x: Array, weight: Weight, bias: Array | None) -> Array:
-    rows, width = weight.shape
+    rows, width = weight.shape[:2]
     flat = x.reshape(-1, width)
     made = np.empty((flat.shape[0], rows), np.float32)
     step = max(1, BLOCK_ELEMENTS // width)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        np.matmul(flat, weight.rows(start, stop).T, out=made[:, start:stop])
+        np.matmul(flat, weight.rows(start, stop).reshape(-1, width).T, out=made[:, start:stop])
     found = made.reshape(*x.shape[:-1], rows)
     return found if bias is None else found + bias
 

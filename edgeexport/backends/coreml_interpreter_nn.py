@@ -86,6 +86,19 @@ def _padding(
     return found
 
 
+PLACES = frozenset({"strides", "pad_type", "pad", "groups"})
+
+
+def is_product(
+    kernel: Sequence[int], strides: Array | None = None, pad_type: str = "valid", pad: Array | None = None,
+    groups: Any = 1,
+) -> bool:  # fmt: skip
+    """Whether a convolution by a kernel of this shape is a matrix product: one point, each point in its own place."""
+    padded = pad_type == "custom" and pad is not None and any(ints(pad))
+    moved = strides is not None and set(ints(strides)) != {1}
+    return set(kernel[2:]) == {1} and int(groups) == 1 and not padded and not moved
+
+
 @op("conv")
 def conv(
     x: Array, weight: Array, bias: Array | None = None, strides: Array | None = None, pad_type: str = "valid",
@@ -93,6 +106,10 @@ def conv(
 ) -> Array:  # fmt: skip
     """x [N, C, *in], weight [O, C / groups, *kernel]."""
     rank, kernel = x.ndim - 2, weight.shape[2:]
+    if weight.shape[1] == x.shape[1] and is_product(weight.shape, strides, pad_type, pad, groups):
+        found = np.matmul(weight.reshape(weight.shape[:2]), x.reshape(*x.shape[:2], -1))
+        found = found.reshape(x.shape[0], weight.shape[0], *x.shape[2:])
+        return found if bias is None else found + bias.reshape(-1, *[1] * rank)
     steps = ints(strides) if strides is not None else [1] * rank
     spread = ints(dilations) if dilations is not None else [1] * rank
     sides = _padding(x, kernel, steps, spread, pad_type, pad)

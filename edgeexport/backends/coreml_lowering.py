@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from edgeexport.backends import coreml_channels
 from edgeexport.backends import coreml_mil as mil
 from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST, TOKENS, added_inputs, count_of, sized
 from edgeexport.backends.coreml_mil import identifier
@@ -22,7 +23,7 @@ from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, r
 from edgeexport.backends.coreml_parts import Part
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import constant, stored
-from edgeexport.core import Array, CanonicalModel, Dim, QuantPlan, TensorSpec
+from edgeexport.core import PALETTE, Array, CanonicalModel, Dim, QuantPlan, TensorSpec
 
 SMALL_BYTES = 256
 """Constants up to here are written into the program, larger ones into the weight file."""
@@ -69,12 +70,15 @@ class Lowering:
         name: str,
         sizes: Mapping[str, int],
         part: Part | None = None,
+        layout: str = "tokens",
     ) -> None:
         self.model, self.plan, self.table = model, plan, table
         self.name, self.tokens = name, sizes.get(TOKENS, 0)
         self.memo: dict[tuple[Any, ...], Value] = {}
         """Values that several nodes share: masks, rotary tables."""
         self.values: dict[ir.Value, Value] = {}
+        self.channels: dict[ir.Value, Value] = {}
+        """Those of `values` that are also in the layout of coreml_channels.py."""
         self.states: dict[ir.Value, Value] = {}
         self.last: Value | None = None
         """Which token of a padded prompt is the last valid one, int32 [1]."""
@@ -82,6 +86,7 @@ class Lowering:
         """By size of a padded dimension: how much of it is valid, int32 [1]."""
         self._sizes = sizes
         self._part = part
+        self._in_channels = layout == "channels"
         self._placeholders: dict[ir.Value, Value] = {}
         self._weights = weights
         self._operations: list[Any] = []
@@ -103,7 +108,8 @@ class Lowering:
             for value, spec in zip(graph.outputs, self.model.outputs, strict=True)
             if spec.name not in replaced and self._is_here(value.producer())
         ]
-        outputs += [self.materialised(self.value(value)) for value in (self._part.gives if self._part else ())]
+        outputs += [self._given(value) for value in (self._part.gives if self._part else ())]
+        self._operations = _needed(self._operations, {value.name for value in outputs})
         read = {binding.name for each in self._operations for a in each.inputs.values() for binding in a.arguments}
         inputs = [value for value in inputs if value.name in read]
         self.states = {old: value for old, value in self.states.items() if value.name in read}
@@ -152,25 +158,50 @@ class Lowering:
         ref, fmt, layout = self.model.weights[name], self.plan.formats[name], self._weights.layout
         if name not in layout.weights:
             layout.add([name], [ref.shape], fmt)
-        held = layout.weights[name]
-        at = record_of(held.offset)
         if fmt.integer:
-            groups = ref.shape[-1] // fmt.block if fmt.block else 1
-            inputs = {
-                "data": [mil.in_file(WEIGHTS_IN_PROGRAM, at, f"int{fmt.bits}", ref.shape)],
-                "scale": [
-                    mil.in_file(WEIGHTS_IN_PROGRAM, record_of(held.scales_offset), "float16", (*ref.shape[:-1], groups))
-                ],
-            }
-            made = self._append("constexpr_blockwise_shift_scale", name, inputs, [(ref.shape, FLOAT)])[0]
+            made = self._unpacked(name, ref.shape)
         else:
             element = f"float{fmt.bits}"
-            made = self._const(name, mil.in_file(WEIGHTS_IN_PROGRAM, at, element, ref.shape), ref.shape, element)
+            made = self._const(name, self._in_file(layout.weights[name].offset, element, ref.shape), ref.shape, element)
             if element != FLOAT:
                 self._stored[name] = made
                 made = self.emit("cast", {"x": made, "dtype": "fp16"}, ref.shape, name=f"{name}_fp16")
         self._read[name] = made
         return made
+
+    def kernel(self, name: str) -> Value:
+        """A weight [O, I] that is a constant, as the kernel [O, I, 1, 1] of a convolution: the same bytes."""
+        key, fmt = ("kernel", name), self.plan.formats[name]
+        if key not in self.memo:
+            self.weight(name)
+            shape = (*self.model.weights[name].shape, 1, 1)
+            if fmt.integer:
+                self.memo[key] = self._unpacked(name, shape)
+            else:
+                at = self._weights.layout.weights[name].offset
+                self.memo[key] = self._const(name, self._in_file(at, FLOAT, shape), shape, FLOAT)
+        return self.memo[key]
+
+    def _unpacked(self, name: str, shape: tuple[int, ...]) -> Value:
+        """A weight of integers, whose shape may have more axes of size 1 at the end than its own."""
+        fmt, held, own = self.plan.formats[name], self._weights.layout.weights[name], self.model.weights[name].shape
+        ones = (1,) * (len(shape) - len(own))
+        if fmt.palette:
+            palettes = (own[0] // PALETTE, 1, *ones, PALETTE, 1)
+            inputs = {
+                "indices": [self._in_file(held.offset, "uint4", shape)],
+                "lut": [self._in_file(held.palettes_offset, FLOAT, palettes)],
+            }
+            data: Any = self._append("constexpr_lut_to_dense", f"{name}_palettes", inputs, [(shape, FLOAT)])[0].name
+        else:
+            data = self._in_file(held.offset, f"int{fmt.bits}", shape)
+        groups = own[-1] // fmt.block if fmt.block else 1
+        scale = self._in_file(held.scales_offset, FLOAT, (*own[:-1], groups, *ones))
+        inputs = {"data": [data], "scale": [scale]}
+        return self._append("constexpr_blockwise_shift_scale", name, inputs, [(shape, FLOAT)])[0]
+
+    def _in_file(self, offset: int, element: str, shape: Sequence[int]) -> Any:
+        return mil.in_file(WEIGHTS_IN_PROGRAM, record_of(offset), element, shape)
 
     def single(self, old: ir.Value | None) -> Value:
         """A weight or a constant as float32, as precise as it is stored: for numbers that are combined before use."""
@@ -282,7 +313,12 @@ class Lowering:
             made.append(value)
             self._placeholders[old] = value
         for old in self._part.takes if self._part else ():
-            made.append(Value(self._unique(str(old.name)), self._shape(old), FLOAT))
+            shape = self._shape(old)
+            if self._in_channels and coreml_channels.has_form(shape):
+                made.append(Value(self._unique(_passed(old)), coreml_channels.form_of(shape), FLOAT))
+                coreml_channels.give(self, old, made[-1], len(shape))
+                continue
+            made.append(Value(self._unique(str(old.name)), shape, FLOAT))
             self._placeholders[old] = made[-1]
         for name in added_inputs(self.model, self._sizes):
             value = Value(self._unique(name), (1,), "int32")
@@ -296,10 +332,20 @@ class Lowering:
                     self.counts[self._sizes[size.name]] = next(value for value in made if value.name == count)
         return made
 
+    def _given(self, old: ir.Value) -> Value:
+        """What the next part takes, by the name that it has there."""
+        found = self.materialised(self.value(old))
+        if not self._in_channels or not coreml_channels.has_form(found.shape):
+            return found
+        made = coreml_channels.turned(self, old)
+        return self.emit("identity", {"x": made}, made.shape, name=_passed(old))
+
     def _is_here(self, node: ir.Node | None) -> bool:
         return self._part is None or node in self._part.nodes
 
     def _lower(self, node: ir.Node) -> None:
+        if self._in_channels and coreml_channels.lower(node, self):
+            return
         row = self.table.get(node.op_type)
         assert row is not None and row.lower is not None, "checked before"
         row.lower(node, self)
@@ -330,6 +376,20 @@ class Lowering:
         for value in self.states.values():
             _describe(made.state.add(name=value.name).type.stateType.arrayType, value)
         return made
+
+
+def _passed(value: ir.Value) -> str:
+    return f"{value.name}_passed"
+
+
+def _needed(operations: Sequence[Any], outputs: set[str]) -> list[Any]:
+    """The operations that outputs and states depend on."""
+    wanted, found = set(outputs), []
+    for each in reversed(operations):
+        if each.type == "write_state" or wanted & {output.name for output in each.outputs}:
+            wanted |= {binding.name for argument in each.inputs.values() for binding in argument.arguments}
+            found.append(each)
+    return found[::-1]
 
 
 def _describe(array: Any, value: Value) -> None:

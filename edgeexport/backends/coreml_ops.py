@@ -573,14 +573,7 @@ def split(node: ir.Node, ctx: Lowering) -> None:
 @OPS.lower("Slice", note="slice_by_index; of the last token of a padded prompt, gather")
 def slice_(node: ir.Node, ctx: Lowering) -> None:
     x = ctx.value(node.inputs[0])
-    rank = len(x.shape)
-    starts, ends = (_ints(ctx, each) for each in node.inputs[1:3])
-    optional = [_ints(ctx, each) if each is not None else None for each in node.inputs[3:5]]
-    axes = (optional[0] if optional and optional[0] else None) or list(range(len(starts)))
-    steps = (optional[1] if len(optional) > 1 and optional[1] else None) or [1] * len(starts)
-    cut = [slice(None)] * rank
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        cut[axis % rank] = slice(start, end, step)
+    cut = _cuts(node, ctx, len(x.shape))
     if x.known is not None:
         _set(ctx, node, ctx.known(x.known[tuple(cut)]))
         return
@@ -599,6 +592,24 @@ def slice_(node: ir.Node, ctx: Lowering) -> None:
         "end_mask": to_start,
     }
     _set(ctx, node, ctx.emit("slice_by_index", inputs, sizes, x.dtype, _label(node)))
+
+
+def _cuts(node: ir.Node, ctx: Lowering, rank: int) -> list[slice]:
+    """What a Slice takes of each axis."""
+    starts, ends = (_ints(ctx, each) for each in node.inputs[1:3])
+    optional = [_ints(ctx, each) if each is not None else None for each in node.inputs[3:5]]
+    axes = (optional[0] if optional and optional[0] else None) or list(range(len(starts)))
+    steps = (optional[1] if len(optional) > 1 and optional[1] else None) or [1] * len(starts)
+    cut = [slice(None)] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        cut[axis % rank] = slice(start, end, step)
+    return cut
+
+
+def takes_last_token(node: ir.Node, ctx: Lowering) -> bool:
+    """Whether a Slice of [1,T,D] takes the last of all tokens."""
+    x = ctx.value(node.inputs[0])
+    return _is_last_token(x, _cuts(node, ctx, len(x.shape)), ctx.tokens)
 
 
 def _is_last_token(x: Value, cut: list[slice], tokens: int) -> bool:

@@ -230,10 +230,13 @@ class BlobLayout(storage.Layout):
         (shape,) = shapes
         count = int(np.prod(shape, dtype=np.int64))
         data, scales = super().add(names, shapes, fmt)
-        self.records[data] = (BY_NAME[f"int{fmt.bits}" if fmt.integer else f"float{fmt.bits}"], count)
+        kind = "uint" if fmt.palette else "int" if fmt.integer else "float"
+        self.records[data] = (BY_NAME[f"{kind}{fmt.bits}"], count)
         if fmt.integer:
             width = shape[-1] if shape else 1
             self.records[scales] = (BY_NAME["float16"], count // width * storage.blocks(width, fmt))
+        if fmt.palette:
+            self.records[self.weights[names[0]].palettes_offset] = (BY_NAME["float16"], shape[0])
         return data, scales
 
     def add_constant(self, name: str, array: Array) -> int:

@@ -17,9 +17,11 @@ from edgeexport.backends.litert_names import (
     WINDOW,
     given_name,
     length_of,
+    slice_name,
     window_of,
 )
 from edgeexport.backends.litert_ops import OPS
+from edgeexport.backends.optable import OpTable
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -94,10 +96,10 @@ def versions() -> dict[str, str]:
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node that the table refuses or does not know, and every weight in a format that the target's runtime does
     not take, all at once. Pure; no SDK."""
-    return [*OPS.check(model.graph.graph), *_refused_formats(plan, gpu=Options(**target.options).gpu)]
+    return [*OPS.check(model.graph.graph), *refused_formats(plan, NAME, gpu=Options(**target.options).gpu)]
 
 
-def _refused_formats(plan: QuantPlan, *, gpu: bool) -> list[Finding]:
+def refused_formats(plan: QuantPlan, backend: str, *, gpu: bool = False) -> list[Finding]:
     """One finding for each reason to refuse weights' formats."""
     refused: dict[tuple[str, str], list[str]] = {}
     for name, fmt in plan.formats.items():
@@ -109,7 +111,7 @@ def _refused_formats(plan: QuantPlan, *, gpu: bool) -> list[Finding]:
             refused.setdefault((f"a table in {fmt.name}", why), []).append(name)
     return [
         errors.op_not_lowered(
-            NAME, what, names[0] + (f" and {len(names) - 1} more" if names[1:] else ""), why, FORMAT_FIX
+            backend, what, names[0] + (f" and {len(names) - 1} more" if names[1:] else ""), why, FORMAT_FIX
         )
         for (what, why), names in refused.items()
     ]
@@ -135,9 +137,11 @@ def compile(
     component = models[0].component
     file = ModelFile(f"{component}.tflite")
     signatures = [
-        _sign(file, model, plan, name, options.features) for model in models for name in _signatures(model, options)
+        sign(file, model, plan, name, options.features)
+        for model in models
+        for name in signature_names(model, options.pieces, windows=options.windows)
     ]
-    state = tuple((_given(models[0], past), _given(models[0], present)) for past, present in models[0].state)
+    state = tuple((given(models[0], past), given(models[0], present)) for past, present in models[0].state)
     weights = file.write(work, source, progress)
     return Artifact(component, NAME, (file.name,), tuple(signatures), state, weights, tools)
 
@@ -169,19 +173,20 @@ def _tokens(model: CanonicalModel) -> Dim | None:
     return next((size for spec in model.inputs for size in spec.shape if isinstance(size, Dim)), None)
 
 
-def _given(model: CanonicalModel, name: str) -> str:
+def given(model: CanonicalModel, name: str) -> str:
     """The file's name of an input or output: LiteRT-LM's for graphs over tokens, the canonical one for others."""
     return given_name(name, dict(model.state)) if _tokens(model) else name
 
 
-def _signatures(model: CanonicalModel, options: Options) -> list[str]:
-    """The names of a graph's signatures, which say what they are for."""
+def signature_names(model: CanonicalModel, pieces: Sequence[int], *, windows: bool) -> list[str]:
+    """The names of a graph's signatures, which say what they are for: one for a token, one for each of the lengths
+    `pieces` of a prompt's parts, and with `windows` those that attend to the first slots alone."""
     tokens = _tokens(model)
     if tokens is None:
         return [model.variant or STEP]
-    pieces = dict.fromkeys(min(size, tokens.max) for size in options.pieces)
-    names = [DECODE, *(f"{PREFILL}{size}" for size in pieces if size > 1)]
-    if not model.state or not options.windows:
+    sizes = dict.fromkeys(min(size, tokens.max) for size in pieces)
+    names = [DECODE, *(f"{PREFILL}{size}" for size in sizes if size > 1)]
+    if not model.state or not windows:
         return names
     quarter, sixteenth = tokens.max // 4, tokens.max // 16
     narrow = [f"{WINDOW}_{size}_{DECODE}" for size in (sixteenth, quarter) if size >= LEAST_WINDOW]
@@ -189,31 +194,37 @@ def _signatures(model: CanonicalModel, options: Options) -> list[str]:
     return names + narrow
 
 
-def _sign(file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, features: int) -> Signature:
-    """Lower one graph as its signature's name says. What else has a free size is padded to `features`, and how many of
-    them count is an input of its own."""
+def sign(
+    file: ModelFile, model: CanonicalModel, plan: QuantPlan, name: str, features: int, table: OpTable = OPS,
+    *, slices: bool = False,
+) -> Signature:  # fmt: skip
+    """Lower one graph by a table's rows, as its signature's name says. What else has a free size is padded to
+    `features`, and how many of them count is an input of its own. With `slices` the caches' outputs are what a call
+    adds to them, and so are their names."""
     from edgeexport.backends.litert_lowering import Lowering
 
     length = length_of(name) if _tokens(model) else 0
-    lowering, tokens = Lowering(model, plan, OPS, file, name), _tokens(model)
+    lowering, tokens = Lowering(model, plan, table, file, name), _tokens(model)
     inputs: dict[str, Tensor] = {}
     for spec in model.inputs:
         free = [size for size in spec.shape if isinstance(size, Dim) and size != tokens]
         sizes = [length if size == tokens else features if isinstance(size, Dim) else size for size in spec.shape]
-        given = _given(model, spec.name)
+        called = given(model, spec.name)
         dtype = {"int64": "int32"}.get(spec.dtype, spec.dtype)
-        if given == "input_pos":  # one for each token, of which the first is the canonical graph's
-            inputs[given] = lowering.graph.tensor((length,), dtype, given)
-            lowering.bind(spec.name, lowering.slice(inputs[given], 0, 0, 1))
+        if called == "input_pos":  # one for each token, of which the first is the canonical graph's
+            inputs[called] = lowering.graph.tensor((length,), dtype, called)
+            lowering.bind(spec.name, lowering.slice(inputs[called], 0, 0, 1))
         else:
-            inputs[given] = lowering.graph.tensor(sizes, dtype, given)
-            lowering.bind(spec.name, inputs[given])
+            inputs[called] = lowering.graph.tensor(sizes, dtype, called)
+            lowering.bind(spec.name, inputs[called])
         if free:
-            lowering.count = inputs[given + COUNT] = lowering.graph.tensor((1,), "int32", given + COUNT)
+            lowering.count = inputs[called + COUNT] = lowering.graph.tensor((1,), "int32", called + COUNT)
     lowering.window = window_of(name)
     made = lowering.run()
     left_out = {"logits"} if length > 1 else set()
-    outputs = {_given(model, key): tensor for key, tensor in made.items() if key not in left_out}
+    outputs = {given(model, key): tensor for key, tensor in made.items() if key not in left_out}
+    if slices:
+        outputs = {slice_name(key): tensor for key, tensor in outputs.items()}
     file.sign(lowering.graph, inputs, outputs)
     return Signature(name, _specs(inputs), _specs(outputs), file.name)
 

@@ -1,7 +1,7 @@
 """A .tflite file that multiplies the same weights by float32 activations: what tells a mistake from the rounding of
 activations that the fast kernels do.
 
-Every integer weight of a FULLY_CONNECTED is looked up as float32 rows first, all of them, at each run.
+Every integer weight of a FULLY_CONNECTED or a CONV_2D is looked up as float32 rows first, all of them, at each run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 
 ALIGNMENT = 64
 LOOKUP = "EMBEDDING_LOOKUP", 4
-FLOAT_LINEAR = "FULLY_CONNECTED", 5
+FLOAT_VERSIONS = {"FULLY_CONNECTED": 5, "CONV_2D": 1}
+"""What multiplies by weights, and its version for float32."""
 
 
 def write_exact(path: Path, out: Path) -> None:
@@ -48,14 +49,15 @@ def _packed(model: Any) -> bytes:
 
 def _widen(model: Any, schema: Any) -> None:
     """Put a lookup of all rows in front of every multiplication by integers."""
+    names = {getattr(schema.BuiltinOperator, op): op for op in FLOAT_VERSIONS}
     integers = (schema.TensorType.INT8, schema.TensorType.INT4)
     rows: dict[int, int] = {}
     for graph in model.subgraphs:
         operators = []
         for operator in graph.operators:
-            code = model.operatorCodes[operator.opcodeIndex].builtinCode
-            weight = graph.tensors[operator.inputs[1]] if code == schema.BuiltinOperator.FULLY_CONNECTED else None
-            if weight is not None and weight.type in integers:
+            op = names.get(model.operatorCodes[operator.opcodeIndex].builtinCode)
+            weight = graph.tensors[operator.inputs[1]] if op is not None else None
+            if op is not None and weight is not None and weight.type in integers:
                 count = int(weight.shape[0])
                 if count not in rows:
                     rows[count] = len(model.buffers)
@@ -67,7 +69,7 @@ def _widen(model: Any, schema: Any) -> None:
                         opcodeIndex=_code(model, schema, *LOOKUP), inputs=[all_rows, operator.inputs[1]], outputs=[wide]
                     )
                 )
-                operator.opcodeIndex = _code(model, schema, *FLOAT_LINEAR)
+                operator.opcodeIndex = _code(model, schema, op, FLOAT_VERSIONS[op])
                 operator.inputs = [operator.inputs[0], wide, *operator.inputs[2:]]
             operators.append(operator)
         graph.operators = operators

@@ -300,23 +300,24 @@ class Graph:
         self, name: str, shape: tuple[int, ...], fmt: Format, order: tuple[int, ...] = (), seen: tuple[int, ...] = ()
     ) -> Tensor:
         """A weight of the file as a tensor of this graph, with its quantisation; its axes in this order, and of the
-        shape `seen` where that is not the one they have then."""
-        key = "weight", name
+        shape `seen` where that is not the one they have then. One seen in two shapes is two tensors of one buffer."""
+        key = "weight", name, seen or shape
         if key not in self.shared:
+            called = f"{name}.{len(seen)}" if any(known[:2] == key[:2] for known in self.shared) else name
             schema, held = self.file.schema, self.file.weight(name, shape, fmt, order)
             assert held.order == order, "one kernel has one use"
             shape = seen or shape
             quantization: Any = held.per_row
             if held.scales:
                 scales = self.tensor(
-                    (*shape[:-1], shape[-1] // fmt.block), "float16", f"{name}.scales", buffer=held.scales
+                    (*shape[:-1], shape[-1] // fmt.block), "float16", f"{called}.scales", buffer=held.scales
                 )
                 quantization = schema.QuantizationParametersT(
                     detailsType=schema.QuantizationDetails.BlockwiseQuantization,
                     details=schema.BlockwiseQuantizationT(scales=scales.index, zeroPoints=-1, blockSize=fmt.block),
                 )
             dtype = f"int{fmt.bits}" if fmt.integer else f"float{fmt.bits}"
-            self.shared[key] = self.tensor(shape, dtype, name, held.rows, quantization)
+            self.shared[key] = self.tensor(shape, dtype, called, held.rows, quantization)
         return self.shared[key]
 
     def is_stored(self, tensor: Tensor) -> bool:

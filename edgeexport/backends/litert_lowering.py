@@ -71,7 +71,9 @@ class Lowering:
         found = self.known(node.inputs[position])
         if found is None:
             why = f"input {position} depends on the graph's inputs, and shapes are fixed"
-            finding = errors.op_not_lowered("litert", node.op_type, node.name or "", why, "make it a constant")
+            finding = errors.op_not_lowered(
+                self.table.backend, node.op_type, node.name or "", why, "make it a constant"
+            )
             raise errors.LoweringError(finding)
         return [int(number) for number in found.reshape(-1)]
 
@@ -99,6 +101,11 @@ class Lowering:
     def weight(self, name: str) -> Tensor:
         """A weight as it is stored."""
         return self.graph.weight(name, self.model.weights[name].shape, self.plan.formats[name])
+
+    def row_kernel(self, name: str) -> Tensor:
+        """A matrix as it is stored, as the kernel of a convolution of 1 x 1: [outputs, 1, 1, inputs]."""
+        shape = self.model.weights[name].shape
+        return self.graph.weight(name, shape, self.plan.formats[name], (), (shape[0], 1, 1, shape[1]))
 
     def float_weight(self, name: str) -> Tensor:
         """A weight as float32: as it is, or widened when the runtime reads it (float16 once, when it opens the file;

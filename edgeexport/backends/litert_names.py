@@ -27,6 +27,8 @@ CANONICAL: Mapping[str, str] = {
 """An input's name to the canonical one. A cache's, `kv_cache_k_0`, stands for `past_key.0` and `present_key.0`."""
 GIVEN = {canonical: name for name, canonical in CANONICAL.items()}
 CACHE = "kv_cache_"
+SLICE = "kv_slice_"
+"""`kv_slice_k_0` is what a call adds to `kv_cache_k_0`, where the loader and not the graph writes the cache."""
 COUNT = "_count"
 """Behind the name of an input that is padded: how many of its rows count."""
 
@@ -35,6 +37,11 @@ def cache_name(canonical: str) -> str:
     """`kv_cache_k_0` for `past_key.0` and `present_key.0`."""
     kind, layer = canonical.rsplit(".", 1)
     return f"{CACHE}{'k' if kind.endswith('key') else 'v'}_{layer}"
+
+
+def slice_name(name: str) -> str:
+    """`kv_slice_k_0` for `kv_cache_k_0`; any other name as it is."""
+    return SLICE + name.removeprefix(CACHE) if name.startswith(CACHE) else name
 
 
 def given_name(canonical: str, state: Mapping[str, str]) -> str:
@@ -46,8 +53,8 @@ def given_name(canonical: str, state: Mapping[str, str]) -> str:
 
 def canonical_name(name: str, *, output: bool = False) -> str:
     """The inverse: what an input, or an `output`, stands for."""
-    if name.startswith(CACHE):
-        kind, layer = name.removeprefix(CACHE).split("_", 1)
+    if name.startswith((CACHE, SLICE)):
+        kind, layer = name.removeprefix(CACHE).removeprefix(SLICE).split("_", 1)
         return f"{'present' if output else 'past'}_{'key' if kind == 'k' else 'value'}.{layer}"
     return CANONICAL.get(name, name)
 
@@ -69,14 +76,15 @@ def window_of(signature: str) -> int:
 
 def canonical_spec(spec: TensorSpec, length: int, *, output: bool) -> TensorSpec:
     """What an input or output of a signature over `length` tokens stands for: int64 for indices, the number of tokens
-    symbolic, and of the tokens' positions, one each, the first."""
+    symbolic, and of the tokens' positions, one each, the first. What a call adds to a
+    cache stands for the cache after it."""
     name = canonical_name(spec.name, output=output)
     dtype = "int64" if spec.dtype == "int32" else spec.dtype
     if name == "position":
         return TensorSpec(name, dtype, (1,))
     if not length or spec.name.startswith(CACHE) or name == "logits":
         return TensorSpec(name, dtype, spec.shape)
-    axis = 2 if name == "rope_positions" else 1
+    axis = 2 if name == "rope_positions" or spec.name.startswith(SLICE) else 1
     over_tokens = len(spec.shape) > axis and spec.shape[axis] == length
     shape = tuple(Dim("T", 0, 0) if k == axis and over_tokens else size for k, size in enumerate(spec.shape))
     return TensorSpec(name, dtype, shape)

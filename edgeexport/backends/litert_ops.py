@@ -50,11 +50,13 @@ def _fixed(node: ir.Node) -> str | None:
     return None
 
 
-def _kernel(node: ir.Node) -> str | None:
+def weighted(node: ir.Node) -> str | None:
+    """A convolution's kernel is a weight."""
     return None if stored(node.inputs[1]) is not None else "its kernel is no weight"
 
 
-def _unmasked(node: ir.Node) -> str | None:
+def unmasked(node: ir.Node) -> str | None:
+    """Attention takes no mask of its own here, and no cache but the one that TensorScatter wrote."""
     taken = [k for k in (3, 4, 5) if k < len(node.inputs) and node.inputs[k] is not None]
     return f"input {taken[0]} is given: masks and caches of its own are not taken" if taken else None
 
@@ -303,7 +305,7 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
     name = str(found.weight.name)
     fmt = ctx.format_of(name)
     x, weight = ctx.value(found.input), ctx.weight(name) if fmt.integer else ctx.float_weight(name)
-    bias, output = _bias(found.output, ctx)
+    bias, output = bias_of(found.output, ctx)
     made = ctx.graph.emit(
         "FULLY_CONNECTED", [x, weight, bias], (*x.shape[:-1], weight.shape[0]), "FullyConnectedOptions",
         version=_linear_version(fmt), keepNumDims=True, asymmetricQuantizeInputs=False,
@@ -318,7 +320,7 @@ def _linear_version(fmt: Format) -> int:
     return 13 if fmt.block else 12 if fmt.bits == 8 else 10
 
 
-def _bias(output: ir.Value, ctx: Lowering) -> tuple[Tensor | None, ir.Value]:
+def bias_of(output: ir.Value, ctx: Lowering) -> tuple[Tensor | None, ir.Value]:
     """The bias that is added to a multiplication and to nothing else, and the sum; or None and the output itself."""
     users = [user for user, _ in output.uses()]
     if len(users) == 1 and users[0].op_type == "Add" and not output.is_graph_output():
@@ -376,9 +378,15 @@ def _look_up(ctx: Lowering, name: str, indices: Tensor) -> Tensor:
     return ctx.reshape(rows, (*indices.shape, *table.shape[1:]))
 
 
-@OPS.lower("Conv", note="CONV_2D between two TRANSPOSEs, the kernel stored as it wants it", limit=_kernel)
+@OPS.lower("Conv", note="CONV_2D between two TRANSPOSEs, the kernel stored as it wants it", limit=weighted)
 def conv(node: ir.Node, ctx: Lowering) -> None:
     """Conv(X, W, B)"""
+    convolve(node, ctx, depthwise=False)
+
+
+def convolve(node: ir.Node, ctx: Lowering, *, depthwise: bool) -> None:
+    """A convolution; with `depthwise` one with a group for each channel by the operator that is made for it, which
+    wants its kernel with the channels last."""
     x, name = ctx.value(node.inputs[0]), ctx.weight_of(node.inputs[1])
     assert name is not None, "check has refused a kernel that is no weight"
     kernel = ctx.kernel(name)
@@ -401,12 +409,20 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
     ]
     bias = len(node.inputs) > 2 and node.inputs[2] is not None
     added = ctx.value(node.inputs[2]) if bias else ctx.graph.constant(np.zeros(outputs, np.float32))
-    made = ctx.graph.emit(
-        "CONV_2D", [x, kernel, added], (x.shape[0], *sizes, outputs), "Conv2DOptions",
-        version=6 if depth != x.shape[3] else 1,
-        padding=ctx.graph.file.schema.Padding.VALID, strideH=strides[0], strideW=strides[1],
-        dilationHFactor=dilations[0], dilationWFactor=dilations[1],
-    )  # fmt: skip
+    settings = {
+        "padding": ctx.graph.file.schema.Padding.VALID, "strideH": strides[0], "strideW": strides[1],
+        "dilationHFactor": dilations[0], "dilationWFactor": dilations[1],
+    }  # fmt: skip
+    shape = (x.shape[0], *sizes, outputs)
+    if depthwise and depth == 1 and x.shape[3] > 1 and int(attribute(node, "group", 1)) == x.shape[3]:
+        turned = ctx.transpose(kernel, (3, 1, 2, 0))
+        made = ctx.graph.emit(
+            "DEPTHWISE_CONV_2D", [x, turned, added], shape, "DepthwiseConv2DOptions",
+            version=1 if dilations == [1, 1] else 2, depthMultiplier=outputs // x.shape[3], **settings,
+        )  # fmt: skip
+    else:
+        version = 6 if depth != x.shape[3] else 1
+        made = ctx.graph.emit("CONV_2D", [x, kernel, added], shape, "Conv2DOptions", version=version, **settings)
     made = ctx.transpose(made, (0, 3, 1, 2))
     ctx.tensors[node.outputs[0]] = ctx.reshape(made, (*made.shape[:2], *made.shape[4 - axes :]))
 
@@ -479,7 +495,7 @@ def _angles(node: ir.Node, ctx: Lowering, position: int, *, pairs: bool) -> Tens
     return ctx.once(("angles", table, rows, position, pairs), make)
 
 
-@OPS.lower("Attention", note="BATCH_MATMUL, ADD of a mask, SOFTMAX, BATCH_MATMUL; no key is repeated", limit=_unmasked)
+@OPS.lower("Attention", note="BATCH_MATMUL, ADD of a mask, SOFTMAX, BATCH_MATMUL; no key is repeated", limit=unmasked)
 def attention(node: ir.Node, ctx: Lowering) -> None:
     """Attention(Q, K, V, attn_mask, past_key, past_value, nonpad_kv_seqlen)"""
     q, k, v = (ctx.value(value) for value in node.inputs[:3])

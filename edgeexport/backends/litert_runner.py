@@ -76,7 +76,7 @@ def _sizes(spec: TensorSpec) -> tuple[int, ...]:
     return tuple(size for size in spec.shape if isinstance(size, int))
 
 
-class _Call:
+class Call:
     """One signature with its buffers: some shared with other calls, the rest its own."""
 
     def __init__(self, model: _Model, signature: str, shared: Mapping[str, Any]) -> None:
@@ -113,11 +113,9 @@ class LiteRtDecoder:
         shapes = {spec.name: spec for spec in (*inputs, *outputs)}
         self.vocab = _sizes(shapes["logits"])[-1]
         self.context = _sizes(shapes[state[0][0]])[2]
-        self._caches = {past: self._model.buffer(DECODE, past, output=False) for past, _ in state}
         with _quiet():  # the first write opens another environment of the runtime
-            for past, cache in self._caches.items():
-                cache.write(np.zeros(_sizes(shapes[past]), np.float32))
-        calls = {name: _Call(self._model, name, self._caches) for name in self._model.signatures if length_of(name)}
+            self._caches = {past: self._new_cache(past, _sizes(shapes[past])) for past, _ in state}
+        calls = {name: Call(self._model, name, self._caches) for name in self._model.signatures if length_of(name)}
         self._calls = {
             length: sorted(
                 ((window_of(name) or self.context, call) for name, call in calls.items() if length_of(name) == length),
@@ -157,6 +155,12 @@ class LiteRtDecoder:
             self._caches.clear()
             self._model.close()
 
+    def _new_cache(self, name: str, shape: tuple[int, ...]) -> Any:
+        """A buffer of zeros for an input that is a cache."""
+        cache = self._model.buffer(DECODE, name, output=False)
+        cache.write(np.zeros(shape, np.float32))
+        return cache
+
     def _piece(self, left: int, position: int) -> int:
         """Length of the signature for the next of `left` tokens: the longest that they fill or are worth padding for,
         and that ends inside the cache (behind it the runtime would move the whole piece to the front)."""
@@ -166,7 +170,7 @@ class LiteRtDecoder:
                 return length
         return 1
 
-    def _run(self, length: int, fed: Array, position: int, rope: Array | None) -> _Call:
+    def _run(self, length: int, fed: Array, position: int, rope: Array | None) -> Call:
         """One call. What pads it is written behind the tokens, where nothing attends to it before it is overwritten."""
         count = len(fed)
         call = next(call for window, call in self._calls[length] if position + count <= window)
@@ -186,7 +190,7 @@ class LiteRtGraph:
 
     def __init__(self, path: Path, signatures: list[str], *, threads: int | None, exact: bool) -> None:
         self._model = _Model(path, threads, exact=exact)
-        self._calls = {length_of(name): _Call(self._model, name, {}) for name in signatures}
+        self._calls = {length_of(name): Call(self._model, name, {}) for name in signatures}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs and outputs by their canonical names. Raises: UsageError `too-many-features`."""
@@ -237,7 +241,7 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
     state = tuple((pair[0], pair[1]) for pair in component.state)
-    return LiteRtDecoder(folder / _file(component, DECODE), state, threads=threads, exact=exact)
+    return LiteRtDecoder(folder / file_of(component, DECODE), state, threads=threads, exact=exact)
 
 
 def open_graph(
@@ -248,7 +252,7 @@ def open_graph(
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     names = _signatures(component, variant)
-    return LiteRtGraph(folder / _file(component, names[0]), names, threads=threads, exact=exact)
+    return LiteRtGraph(folder / file_of(component, names[0]), names, threads=threads, exact=exact)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
@@ -258,7 +262,7 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     names = _signatures(component, variant)
-    model = _Model(folder / _file(component, names[0]), run=False)
+    model = _Model(folder / file_of(component, names[0]), run=False)
     described = {signature.name: signature for signature in component.signatures}
     found: dict[str, TensorSpec] = {}
     try:
@@ -293,7 +297,7 @@ def _signatures(component: Any, variant: str) -> list[str]:
     return [variant or STEP]
 
 
-def _file(component: Any, signature: str) -> str:
+def file_of(component: Any, signature: str) -> str:
     """The file of a signature. Raises: BundleError `bundle-no-variant`."""
     files = {each.name: str(each.file) for each in component.signatures}
     if signature not in files:

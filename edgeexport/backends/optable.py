@@ -62,6 +62,11 @@ class OpTable:
         for op in ops:
             self._add(Row(op, "reject", why=why, fix=fix))
 
+    def include(self, rows: Iterable[Row]) -> None:
+        """Rows of another backend's table, taken over."""
+        for row in rows:
+            self._add(row)
+
     def get(self, op: str) -> Row | None:
         """The row of an op, or None."""
         return self._rows.get(op)

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
-from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
+from edgeexport.core import PALETTE, Array, Format, Progress, StoredWeight, WeightSource
+from edgeexport.packing import pack_int4, pack_int8, swap_nibbles, unpack_int4, unpack_int8
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what SIMD loads of the runtimes want."""
@@ -45,9 +45,14 @@ class Layout:
         counts = [int(np.prod(shape[:-1], dtype=np.int64)) for shape in shapes]
         data = self._reserve(sum(n * row_bytes(w, fmt) for n, w in zip(counts, widths, strict=True)))
         scales = self._reserve(sum(2 * n * blocks(w, fmt) for n, w in zip(counts, widths, strict=True)))
-        at, at_scales = data, scales
+        palettes = self._reserve(2 * sum(counts)) if fmt.palette else -1
+        at, at_scales, at_palettes = data, scales, palettes
         for name, shape, count, width in zip(names, shapes, counts, widths, strict=True):
-            self.weights[name] = StoredWeight(self.file, at, at_scales if fmt.integer else -1, fmt, shape, self.signed)
+            self.weights[name] = StoredWeight(
+                self.file, at, at_scales if fmt.integer else -1, fmt, shape,
+                signed=self.signed and not fmt.palette, palettes_offset=at_palettes,
+            )  # fmt: skip
+            at_palettes += 2 * count if fmt.palette else 0
             at += count * row_bytes(width, fmt)
             at_scales += 2 * count * blocks(width, fmt)
         return data, scales if fmt.integer else -1
@@ -126,9 +131,20 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     each = weight.scale_bits // 8
     scales = _read(path, weight.scales_offset + each * start * per_row, each * count * per_row)
     scales = scales.view(_scale_dtype(weight))
+    if fmt.palette:
+        values = _coloured(path, weight, values, start)
     scaled = values.reshape(count, per_row, -1)
     np.multiply(scaled, scales.reshape(count, per_row, 1).astype(np.float32), out=scaled)
     return scaled.reshape(count, width)
+
+
+def _coloured(path: Path, weight: StoredWeight, values: Array, start: int) -> Array:
+    """The palettes' numbers at these places, float32 [rows, width]."""
+    rows = np.arange(start, start + len(values)) // PALETTE
+    first, last = int(rows[0]), int(rows[-1]) + 1
+    raw = _read(path, weight.palettes_offset + 2 * PALETTE * first, 2 * PALETTE * (last - first))
+    palettes = raw.view(np.float16).astype(np.float32).reshape(-1, PALETTE)
+    return palettes[(rows - first)[:, None], values.astype(np.intp) + 8]
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,8 @@ def _blocks(weights: Mapping[str, StoredWeight]) -> Iterator[_Block]:
     for name, weight in weights.items():
         rows, width = _matrix(weight.shape)
         step = max(1, BLOCK_ELEMENTS // max(1, width))
+        if weight.format.palette:
+            step = max(1, step // PALETTE) * PALETTE
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             yield _Block(name, start, stop, (stop - start) * width)
@@ -156,6 +174,9 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
     fmt, (_, width) = weight.format, _matrix(weight.shape)
     if fmt.integer:
         values, scales = source.quantized_rows(job.name, job.start, job.stop)
+        if fmt.palette:
+            scales, palettes = scales.T
+            _write_all(descriptor, palettes, weight.palettes_offset + 2 * job.start)
         data = _pack(values, weight)
         at = weight.scales_offset + weight.scale_bits // 8 * job.start * blocks(width, fmt)
         _write_all(descriptor, scales.astype(_scale_dtype(weight), copy=False), at)
@@ -170,14 +191,15 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
 def _pack(values: Array, weight: StoredWeight) -> Array:
     """int8 values [rows, width] as the file holds them, uint8."""
     if weight.format.bits == 4:
-        return pack_int4(values, 0 if weight.signed else 8)
+        packed = pack_int4(values, 0 if weight.signed else 8)
+        return swap_nibbles(packed) if weight.high_first else packed
     return values.view(np.uint8) if weight.signed else pack_int8(values)
 
 
 def _unpack(raw: Array, weight: StoredWeight) -> Array:
     """The inverse of `_pack`."""
     if weight.format.bits == 4:
-        return unpack_int4(raw, 0 if weight.signed else 8)
+        return unpack_int4(swap_nibbles(raw) if weight.high_first else raw, 0 if weight.signed else 8)
     return raw.view(np.int8) if weight.signed else unpack_int8(raw)
 
 

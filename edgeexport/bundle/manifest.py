@@ -206,12 +206,7 @@ def from_json(data: bytes, where: object = FILE) -> Manifest:
     if len(data) > MAX_BYTES:
         raise errors.bundle_bad_manifest(where, f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
-        found = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
+        found = strict_json(data)
     except (ValueError, RecursionError) as error:
         raise errors.bundle_bad_manifest(where, f"it is not strict JSON: {error}") from error
     named = found.get("schema") if isinstance(found, dict) else None
@@ -227,6 +222,13 @@ def from_json(data: bytes, where: object = FILE) -> Manifest:
         raise errors.bundle_bad_manifest(where, str(error)) from error
     _refuse_contradictions(manifest, where)
     return manifest
+
+
+def strict_json(data: bytes) -> Any:
+    """JSON with every key once and finite numbers alone. Raises ValueError, RecursionError."""
+    return json.loads(
+        data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+    )
 
 
 def signatures_of(artifact: core.Artifact) -> tuple[Signature, ...]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgeexport.core import Format, QuantPlan, TensorClass
-from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, Scheme, find
+from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass
+from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, Scheme, find
 
 
 def resolve(fmt: Format, width: int) -> Format:
@@ -16,13 +16,19 @@ def resolve(fmt: Format, width: int) -> Format:
     block that divides it is taken, and fp16 where none does. That holds for one scale per row too, since kernels
     read such rows in blocks that repeat it (the 1,176 numbers of a vision patch are 73.5 of the smallest).
     """
-    if not fmt.integer or (fmt.block and width % fmt.block == 0):
+    if not fmt.integer or fmt.palette or (fmt.block and width % fmt.block == 0):
         return fmt
     fitting = [block for block in BLOCKS if width % block == 0]
     if not fmt.block:
         return fmt if fitting else FP16
     fitting = [block for block in fitting if block < fmt.block]
     return FORMATS[f"int{fmt.bits}-b{max(fitting)}"] if fitting else FP16
+
+
+def _in_groups(fmt: Format, shape: tuple[int, ...]) -> Format:
+    """A palette's format where the rows make whole groups, else a scale per row in 8 bits."""
+    whole = len(shape) == 2 and shape[0] % PALETTE == 0
+    return fmt if whole or not fmt.palette else INT8_CHANNEL
 
 
 def plan(
@@ -36,7 +42,8 @@ def plan(
     them. Raises `unknown-scheme`."""
     preset = find(scheme) if isinstance(scheme, str) else scheme
     formats = {
-        name: resolve(preset.formats[classes[name]], shape[-1] if shape else 1) for name, shape in shapes.items()
+        name: resolve(_in_groups(preset.formats[classes[name]], shape), shape[-1] if shape else 1)
+        for name, shape in shapes.items()
     }
     if positive:
         formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in formats.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from edgeexport import errors
@@ -12,6 +12,8 @@ FP32 = Format("fp32", 32, integer=False)
 FP16 = Format("fp16", 16, integer=False)
 INT8_CHANNEL = Format("int8-channel", 8, integer=True)
 INT4_CHANNEL = Format("int4-channel", 4, integer=True)
+PALETTE4 = Format("palette4", 4, integer=True, palette=True)
+"""Whose rows come in groups, so that it is not one of `FORMATS`."""
 BLOCKS = (16, 32, 64, 128)
 """Elements that may share a scale. Powers of two from 16: what ONNX Runtime's MatMulNBits takes."""
 
@@ -98,8 +100,25 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
-def find(name: str) -> Scheme:
-    """The preset of this name. Raises `unknown-scheme` with suggestions."""
-    if name not in SCHEMES:
-        raise errors.unknown_scheme(name, SCHEMES)
-    return SCHEMES[name]
+OWN_SCHEMES: Mapping[str, Scheme] = {
+    scheme.name: scheme
+    for scheme in (
+        Scheme(
+            "palette4",
+            "4-bit palettes that 16 rows share, a scale per row, embedding in 8 bits: for Core ML",
+            PALETTE4,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+        ),
+    )
+}
+"""Presets that only those backends take which name them in their SCHEMES."""
+
+
+def find(name: str, own: Collection[str] = tuple(OWN_SCHEMES)) -> Scheme:
+    """The preset of this name, one for all backends or one of `own`. Raises `unknown-scheme` with suggestions."""
+    known = {**SCHEMES, **{each: OWN_SCHEMES[each] for each in own}}
+    if name not in known:
+        raise errors.unknown_scheme(name, known)
+    return known[name]

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Mapping
 
 from edgeexport.checkpoint.weights import WeightReader
-from edgeexport.core import Array, QuantPlan, TensorRef
+from edgeexport.core import PALETTE, Array, QuantPlan, TensorRef
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import Scratch, cast_rows, dequantize_rows, quantize_rows
 
@@ -37,6 +37,9 @@ class PlannedWeights:
     def stored_rows(self, name: str, start: int, stop: int) -> Array:
         """float32 rows as an artifact holds them: after rounding to the format and back."""
         fmt = self._plan.formats[name]
+        if fmt.palette:
+            first, last = start // PALETTE * PALETTE, -(-stop // PALETTE) * PALETTE
+            return dequantize_rows(*self.quantized_rows(name, first, last), fmt)[start - first : stop - first]
         if fmt.integer:
             return dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
         return self.float_rows(name, start, stop).astype("float32", copy=False)

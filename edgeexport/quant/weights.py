@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from edgeexport import errors
 from edgeexport.core import Format
+from edgeexport.quant.palettes import depalettize, palettize
 
 Float32 = npt.NDArray[np.float32]
 Float16 = npt.NDArray[np.float16]
@@ -59,9 +60,12 @@ def quantize_rows(
 
     The result does not depend on how a tensor is cut into rows. `name` and `first_row` only serve error messages.
     A block whose scale underflows float16 becomes zeros. Raises `nonfinite-weight`, and `weight-too-large` where a
-    scale does not fit float16. ValueError where the block does not divide K (`plan.resolve` prevents it).
+    scale does not fit float16. ValueError where the block does not divide K (`plan.resolve` prevents it). Formats with
+    palettes are palettes.py's.
     """
     count, width = rows.shape
+    if fmt.palette:
+        return palettize(rows, name=name, first_row=first_row)
     block = fmt.block or width
     if not fmt.integer or width % block:
         raise ValueError(f"rows of {width} cannot be stored as {fmt.name}")
@@ -128,6 +132,8 @@ def _round(chunk: Float32, scales: Float16, bits: int, work: Float32, out: Int8)
 def dequantize_rows(values: Int8, scales: Float16, fmt: Format) -> Float32:
     """The float32 [R, K] that values int8 [R, K] with scales float16 [R, blocks] stand for."""
     count, width = values.shape
+    if fmt.palette:
+        return depalettize(values, scales)
     blocks = values.astype(np.float32).reshape(count, -1, fmt.block or width)
     np.multiply(blocks, scales.astype(np.float32)[:, :, None], out=blocks)
     return blocks.reshape(count, width)

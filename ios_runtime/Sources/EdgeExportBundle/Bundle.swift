@@ -4,6 +4,8 @@ import Foundation
 public struct ModelBundle: Sendable {
     public let folder: URL
     public let manifest: Manifest
+    /// SHA-256 of manifest.json, by which a report says which bundle it is about.
+    public let digest: String
 
     /// Checks every file's size, and with `hashes` (a second for each gigabyte or so) every file's SHA-256.
     public init(at folder: URL, hashes: Bool = true) throws {
@@ -13,10 +15,16 @@ public struct ModelBundle: Sendable {
         }
         self.folder = folder
         manifest = try Manifest.read(data)
+        var hash = SHA256Stream()
+        hash.update(Array(data))
+        digest = hash.finish()
         for (path, entry) in manifest.files.sorted(by: { $0.key < $1.key }) {
             try ModelBundle.check(folder.appendingPathComponent(path), path, entry, hashes: hashes)
         }
     }
+
+    /// Whether the package is laid out for the Neural Engine, rather than for the GPU.
+    public var suitsNeuralEngine: Bool { manifest.target.options.layout == "channels" }
 
     public var stopIds: Set<Int> { Set(manifest.text?.stopIds ?? []) }
 

@@ -75,6 +75,30 @@ public struct GoldenVectors {
     }
 }
 
+/// How far logits are from the golden vectors'.
+public struct GoldenComparison: Equatable, Sendable {
+    /// Rows that were compared.
+    public let steps: Int
+    /// Largest difference from what the artifact gave where it was built, if the vectors have that.
+    public let maxAbs: Double?
+    /// Mean KL divergence in nats from the original model.
+    public let kl: Double
+    /// Share of steps where this and the original model choose the same token.
+    public let top1: Double
+
+    public init(_ golden: GoldenVectors, _ rows: [[Float]]) {
+        steps = rows.count
+        maxAbs = golden.artifact.map { zip($0, rows).map(EdgeExportBundle.maxAbs).max() ?? .infinity }
+        kl = zip(golden.reference, rows).map(divergence).reduce(0, +) / Double(max(rows.count, 1))
+        let alike = zip(golden.reference, rows).filter { largest($0) == largest($1) }.count
+        top1 = Double(alike) / Double(max(rows.count, 1))
+    }
+
+    public func passes(_ gates: Manifest.Gates) -> Bool {
+        kl <= gates.kl ?? .infinity && (maxAbs ?? 0) <= gates.maxAbs ?? .infinity
+    }
+}
+
 /// Largest absolute difference of two rows; infinite where either has no finite number.
 public func maxAbs(_ one: [Float], _ other: [Float]) -> Double {
     guard one.count == other.count, !one.isEmpty else { return .infinity }

@@ -6,10 +6,21 @@ public struct Manifest: Decodable, Sendable {
     public static let fileName = "manifest.json"
     static let maxBytes = 1 << 24
 
+    public let target: Target
     public let components: [Component]
     public let files: [String: FileEntry]
     public let golden: Golden
     public let text: TextContract?
+
+    /// What the bundle was built for. `layout` is "channels" where the package is laid out for the Neural Engine.
+    public struct Target: Decodable, Sendable {
+        public let name: String
+        public let options: Options
+
+        public struct Options: Decodable, Sendable {
+            public let layout: String?
+        }
+    }
 
     public struct FileEntry: Decodable, Sendable {
         public let size: Int

@@ -12,15 +12,17 @@ public actor Session {
     private var heat = Heat.nominal
     private let say: @Sendable (String) -> Void
 
-    /// `say` is told what is done about heat. Throws what the bundle and Core ML have against it.
+    /// `units` are those that the bundle was laid out for, unless others are given. `say` is told what is done about
+    /// heat. Throws what the bundle and Core ML have against it.
     public init(
-        _ bundle: ModelBundle, units: MLComputeUnits = .cpuAndGPU, pace: Pace = Pace(),
+        _ bundle: ModelBundle, units: MLComputeUnits? = nil, pace: Pace = Pace(),
         say: @escaping @Sendable (String) -> Void = { _ in }
     ) async throws {
         self.bundle = bundle
         self.pace = pace
         self.say = say
-        decoder = try await PackageDecoder(bundle, units: units)
+        let suited: MLComputeUnits = bundle.suitsNeuralEngine ? .cpuAndNeuralEngine : .cpuAndGPU
+        decoder = try await PackageDecoder(bundle, units: units ?? suited)
     }
 
     /// Append tokens; the logits of the last one. The position stays where it was when this throws `bad-token`,
@@ -94,9 +96,8 @@ public actor Session {
         }
     }
 
-    /// What the golden vectors say: the largest difference from the artifact where it was built, and the mean KL from
-    /// the original model. Throws `golden-mismatch` beyond the bundle's gates. The session is reset before and after.
-    public func selfCheck() throws -> (maxAbs: Double, kl: Double) {
+    /// What the golden vectors say. The session is reset before and after.
+    public func measure() throws -> GoldenComparison {
         guard let file = bundle.manifest.golden.file,
             let data = try? Data(contentsOf: bundle.folder.appendingPathComponent(file))
         else {
@@ -109,16 +110,20 @@ public actor Session {
             rows.append(try decode(token))
         }
         try reset()
-        let kl = zip(golden.reference, rows).map(divergence).reduce(0, +) / Double(rows.count)
-        let off = golden.artifact.map { zip($0, rows).map(maxAbs).max() ?? .infinity } ?? 0
-        let gates = bundle.manifest.golden.gates
-        guard kl <= gates.kl ?? .infinity, off <= gates.maxAbs ?? .infinity else {
+        return GoldenComparison(golden, rows)
+    }
+
+    /// `measure`; throws `golden-mismatch` beyond the bundle's gates.
+    public func selfCheck() throws -> GoldenComparison {
+        let found = try measure()
+        guard found.passes(bundle.manifest.golden.gates) else {
+            let off = found.maxAbs.map { ", largest difference \($0)" } ?? ""
             throw Failure(
-                .goldenMismatch, "this device computes something else: KL \(kl), largest difference \(off)",
+                .goldenMismatch, "this device computes something else: KL \(found.kl)\(off)",
                 fix: "Try computeUnits .cpuOnly; report both results with the device's model."
             )
         }
-        return (off, kl)
+        return found
     }
 
     private func opened() throws -> PackageDecoder {

@@ -63,4 +63,20 @@ final class BundleTests: XCTestCase {
         XCTAssertEqual(maxAbs([1, 2], [1, 4]), 2)
         XCTAssertEqual(maxAbs([1], [.nan]), .infinity)
     }
+
+    func testReportsAreJSON() throws {
+        let failed = DeviceReport.row(Failure(.badToken, "one\ntwo", fix: ""), opened: true, units: "all")
+        XCTAssertEqual(failed.failure, DeviceReport.Reason(code: "bad-token", what: "onetwo"))
+        let metrics = DeviceReport.Metrics(steps: 9, maxAbs: .infinity)
+        let row = DeviceReport.Row(level: "L4", units: "all", metrics: metrics, failure: nil)
+        let device = DeviceReport.Device(model: "Mac16,5", system: "macOS 15")
+        let report = DeviceReport(
+            bundle: String(repeating: "0", count: 64), component: "decoder", device: device,
+            date: Date(timeIntervalSince1970: 0), rows: [row]
+        )
+        let text = String(decoding: try report.json(), as: UTF8.self)
+        XCTAssert(text.contains(#""date" : "1970-01-01T00:00:00Z""#))
+        XCTAssert(text.contains(#""max_abs" : "Infinity""#))
+        XCTAssertFalse(text.contains("failure"))
+    }
 }

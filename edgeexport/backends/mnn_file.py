@@ -1,0 +1,113 @@
+"""MNN's weight file: where each tensor lies in it, and what MNN wants beside its numbers.
+
+    matrix, int4 or int8    header | packed rows | float16 scales [rows, blocks]
+    matrix, float16         rows
+    matrix, float32         rows
+    scale of a norm         float32 [width] | float32 shift [width], zeros where it has none
+    any other               float32, as it is
+
+MNN reads the file by offsets and needs no alignment, but it wants a matrix's parts next to each other. The header
+lists the values that an integer may have. Source: MNN source/core/ConvolutionCommon.cpp, IDSTDecoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgeexport.backends.storage import Layout, blocks, row_bytes
+from edgeexport.core import Array, Format, StoredWeight
+
+IDST, FLOAT16 = 1, 3
+"""Kinds of a matrix's parameters in MNN's schema."""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Where a matrix's parts are, in bytes; `header` and `scales` are 0 for floats."""
+
+    offset: int
+    header: int
+    data: int
+    scales: int
+
+
+class WeightFile(Layout):
+    """A layout whose tensors lie as MNN wants them."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(file)
+        self._matrices: dict[str, Matrix] = {}
+        self.add_constant("start", np.frombuffer(b"edgeexport MNN  ", np.uint8))  # MNN-LLM takes offset 0 for "none"
+
+    def matrix(self, name: str, shape: tuple[int, ...], fmt: Format) -> Matrix:
+        """Lay out a matrix [rows, width], or a kernel [rows, ...], once."""
+        if name in self._matrices:
+            return self._matrices[name]
+        rows, width = shape[0], int(np.prod(shape[1:], dtype=np.int64))
+        start, head = self.size, _header(rows, width, fmt.bits) if fmt.integer else np.empty(0, np.uint8)
+        if fmt.integer:
+            self.constants[f"{name}.header"] = (start, head)
+        data = rows * row_bytes(width, fmt)
+        scales = 2 * rows * blocks(width, fmt)
+        at = start + head.nbytes
+        self.size = at + data + scales + (4 * rows if fmt.bits == 32 else 0)
+        self.weights[name] = StoredWeight(
+            self.file, at, at + data if fmt.integer else -1, fmt, shape,
+            high_first=fmt.integer and fmt.bits == 4,
+        )  # fmt: skip
+        self._matrices[name] = Matrix(start, head.nbytes, data, scales)
+        return self._matrices[name]
+
+    def value(self, name: str, shape: tuple[int, ...], fmt: Format) -> int:
+        """Lay out a float tensor once; returns its offset."""
+        if name not in self.weights:
+            self.weights[name] = StoredWeight(self.file, self.size, -1, fmt, shape)
+            self.size += fmt.bits // 8 * int(np.prod(shape, dtype=np.int64))
+        return self.weights[name].offset
+
+    def norm(self, names: Sequence[str], width: int, fmt: Format) -> int:
+        """Lay out a norm's scale, and its shift where there is one; returns the offset. A norm's tensors are its own:
+        MNN reads one behind the other."""
+        start = self.size
+        for k, name in enumerate(names):
+            self.weights[name] = StoredWeight(self.file, start + 4 * width * k, -1, fmt, (width,))
+        self.size += 8 * width  # what is not written is zero
+        return start
+
+    def table(self, name: str, array: Array) -> int:
+        """Lay out a float32 tensor that is known already; returns its offset."""
+        if name not in self.constants:
+            self.constants[name] = (self.size, np.ascontiguousarray(array, np.float32))
+            self.size += array.size * 4
+        return self.constants[name][0]
+
+
+def parameters(fmt: Format, rows: int, width: int) -> dict[str, object] | None:
+    """What MNN's schema says of a matrix's numbers; None for float32."""
+    if not fmt.integer:
+        return {"type": FLOAT16} if fmt.bits == 16 else None
+    return {
+        "type": IDST, "quantScale": 1.0, "scaleIn": 0.0, "scaleOut": 0.0, "useInt32": False, "has_scaleInt": False,
+        "shapeInt32": max(rows, width) > 65535, "aMaxOrBits": fmt.bits, "aMin": 0, "readType": 0, "weightSize": 0,
+        "scaleStorage": "FP16",
+    }  # fmt: skip
+
+
+def external(matrix: Matrix) -> list[int]:
+    """Where MNN finds a convolution's numbers: offset, bytes of header and rows, of scales, of a bias, of an index."""
+    return [matrix.offset, matrix.header + matrix.data, matrix.scales, 0, 0]
+
+
+def _header(rows: int, width: int, bits: int) -> Array:
+    """Rank 2, the sizes, how many values there are (0 for 256), and the values."""
+    kind = np.uint32 if max(rows, width) > 65535 else np.uint16
+    count = 1 << bits
+    values = np.arange(-count // 2, count // 2, dtype=np.int8)
+    parts = (
+        np.array([2], np.uint8), np.array([rows, width], kind).view(np.uint8), np.array([count % 256], np.uint8),
+        values.view(np.uint8),
+    )  # fmt: skip
+    return np.concatenate(parts)
