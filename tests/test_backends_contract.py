@@ -31,6 +31,7 @@ from graphs import (
 
 from edgeexport import backends, errors, families
 from edgeexport.backends import onnxruntime as ort_backend
+from edgeexport.backends import onnxruntime_runner as ort_runner
 from edgeexport.backends.optable import OpTable
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
@@ -270,3 +271,12 @@ def test_a_damaged_artifact_does_not_open(zoo: Zoo, tmp_path: Path) -> None:
     os.truncate(tmp_path / "decoder.onnx.data", 1000)
     with pytest.raises(errors.BundleError, match="artifact-does-not-open"):
         opened(artifact, tmp_path)
+
+
+def test_features_do_not_keep_the_runtimes_memory(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("glm4v")
+    (model,) = found.variants("embed")
+    artifact = compiled(model, found.plan("fp32", "embed"), tmp_path)
+    graph = ort_runner.open_graph(tmp_path, artifact, threads=1)
+    (made,) = graph.run({"input_ids": TOKENS[None]}).values()
+    assert made.flags.owndata

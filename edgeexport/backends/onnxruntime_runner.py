@@ -105,7 +105,9 @@ class OnnxGraph:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs and outputs by name."""
-        return dict(zip(self._outputs, self._session.run(self._outputs, dict(inputs)), strict=True))
+        outputs = self._session.run(self._outputs, dict(inputs))
+        # An output lies in the runtime's arena and would keep all of it, a tower's activations, beyond `close`.
+        return {name: output.copy() for name, output in zip(self._outputs, outputs, strict=True)}
 
     def close(self) -> None:
         """Let the runtime go."""

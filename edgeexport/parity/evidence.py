@@ -280,6 +280,7 @@ class Evidence:
                     logits = session.decode(tokens[-1])
                 answered.append(replace(prompt, tokens=np.array(tokens, np.int64)))
                 progress(done + 1, len(prompts))
+        _give_back()
         return answered
 
     def _calls(self, sequence: Script, run: Run) -> list[Call]:
