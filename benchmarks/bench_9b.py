@@ -124,7 +124,7 @@ def _above(checkpoint: Path, options: argparse.Namespace, bundle: Path) -> bool:
 
 def _say(what: str, found: float, most: float | None, unit: str) -> bool:
     asked = "" if most is None else f"; asked {most:.3f}: {'kept' if found <= most else 'MISSED'}"
-    print(f"{what:<24} {found:9.3f} {unit}{asked}")
+    print(f"{what:<24} {f'{found:9.3f} {unit}'.rstrip()}{asked}")
     return most is None or found <= most
 
 
