@@ -7,10 +7,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from edgeexport import errors
+from edgeexport.backends.tools import versions_of
 from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
 from edgeexport.core import Checkpoint, Target
@@ -83,13 +82,7 @@ class Job:
 
 def tool_versions() -> dict[str, str]:
     """Versions of `TOOLS` from their metadata: importing them takes seconds."""
-    found = {}
-    for name in TOOLS:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as problem:
-            raise errors.missing_package(name, "build") from problem
-    return found
+    return versions_of("build", *TOOLS)
 
 
 def code_digest() -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -282,12 +282,39 @@ def host_target(**options: Any) -> Target:
 
 def compiled(model: CanonicalModel | list[CanonicalModel], quant: QuantPlan, folder: Path, **options: Any) -> Artifact:
     """What the ONNX Runtime backend writes of a component into `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
     models = model if isinstance(model, list) else [model]
+    return written(backends.load("onnxruntime"), models, host_target(**options), quant, folder)
+
+
+def written(
+    backend: backends.Backend, models: list[CanonicalModel], target: Target, quant: QuantPlan, folder: Path
+) -> Artifact:
+    """What a backend writes of a component, of which it refuses nothing, into `folder`, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert [finding for model in models for finding in backend.check(model, target, quant)] == []
     with WeightReader() as reader:
         source = PlannedWeights(reader, models[0].weights, quant)
-        backend = backends.load("onnxruntime")
-        return backend.compile(models, host_target(**options), quant, source, folder, no_progress)
+        return backend.compile(models, target, quant, source, folder, no_progress)
+
+
+def positive(quant: QuantPlan) -> QuantPlan:
+    """The plan as backends with `POSITIVE_SCALES` get it."""
+    formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in quant.formats.items()}
+    return replace(quant, formats=formats)
+
+
+def stored_weights(
+    found: Traced, scheme: str, as_planned: Callable[[QuantPlan], QuantPlan] = lambda quant: quant
+) -> dict[str, Array]:
+    """Every weight of every component as the scheme rounds it, as float32; `as_planned` is what a backend makes of a
+    plan."""
+    stored = {}
+    with WeightReader() as reader:
+        for component in found.components():
+            weights = found.variants(component)[0].weights
+            source = PlannedWeights(reader, weights, as_planned(found.plan(scheme, component)))
+            stored |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in weights.items()}
+    return stored
 
 
 def opened(artifact: Artifact, folder: Path, ending: str = ".onnx") -> OnnxDecoder:

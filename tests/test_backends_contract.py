@@ -25,6 +25,7 @@ from graphs import (
     host_target,
     opened,
     parsed,
+    stored_weights,
     traced,
     write_checkpoint,
 )
@@ -34,10 +35,8 @@ from edgeexport.backends import onnxruntime as ort_backend
 from edgeexport.backends import onnxruntime_runner as ort_runner
 from edgeexport.backends.optable import OpTable
 from edgeexport.bundle.artifacts import OpenArtifacts
-from edgeexport.checkpoint import WeightReader
-from edgeexport.core import Array, Artifact, CanonicalModel, QuantPlan
+from edgeexport.core import Artifact, CanonicalModel, QuantPlan
 from edgeexport.quant import SCHEMES
-from edgeexport.quant.source import PlannedWeights
 
 LARGER = {
     "hidden_size": 256,
@@ -54,17 +53,6 @@ def larger(tmp_path_factory: pytest.TempPathFactory) -> Traced:
     """A model whose weights outweigh its graph: 3.1 million parameters."""
     config = {**families.find("llama").tiny, **LARGER}
     return traced(write_checkpoint(tmp_path_factory.mktemp("larger") / "model", config, "bfloat16"))
-
-
-def stored_weights(found: Traced, scheme: str) -> dict[str, Array]:
-    """Every weight as the scheme rounds it, as float32."""
-    stored = {}
-    with WeightReader() as reader:
-        for component in found.components():
-            weights = found.variants(component)[0].weights
-            source = PlannedWeights(reader, weights, found.plan(scheme, component))
-            stored |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in weights.items()}
-    return stored
 
 
 # the contract

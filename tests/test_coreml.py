@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cases.ops import OPS, OpCase
-from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of
+from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of, written
 from mlpackages import builder, coremltools
 from test_backend_ops import build as built_case
 from test_backend_ops import oracle
@@ -43,9 +43,8 @@ def target(**options: Any) -> Target:
 
 
 def compiled(models: list[CanonicalModel], plan: QuantPlan, folder: Path, **options: Any) -> Artifact:
-    folder.mkdir(parents=True, exist_ok=True)
-    with WeightReader() as reader:
-        return coreml.compile(models, target(**options), plan, PlannedWeights(reader, models[0].weights, plan), folder)
+    """What the backend writes of one component into `folder`, which is made."""
+    return written(coreml, models, target(**options), plan, folder)
 
 
 def stored(models: list[CanonicalModel], plan: QuantPlan) -> dict[str, Array]:

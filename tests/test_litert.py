@@ -22,18 +22,19 @@ from graphs import (
     assert_computes,
     assert_stores,
     normal,
+    positive,
+    stored_weights,
     traced,
     write_checkpoint,
+    written,
 )
 from test_backend_ops import build, oracle
 
 from edgeexport import errors, families, targets
 from edgeexport.backends import litert, litert_runner
 from edgeexport.bundle.artifacts import OpenArtifacts
-from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
 from edgeexport.quant import SCHEMES
-from edgeexport.quant.source import PlannedWeights
 
 
 @pytest.fixture(autouse=True)
@@ -48,20 +49,9 @@ def target(**options: Any) -> Target:
     return replace(found, options={"prefill": 8, "prefill_short": 4, **options})
 
 
-def positive(plan: QuantPlan) -> QuantPlan:
-    """The plan as this backend gets it."""
-    formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in plan.formats.items()}
-    return replace(plan, formats=formats)
-
-
 def compiled(models: list[CanonicalModel], plan: QuantPlan, folder: Path, **options: Any) -> Artifact:
     """What the backend writes of one component into `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for model in models:
-        assert litert.check(model, target(**options), plan) == []
-    with WeightReader() as reader:
-        source = PlannedWeights(reader, models[0].weights, plan)
-        return litert.compile(models, target(**options), plan, source, folder)
+    return written(litert, models, target(**options), plan, folder)
 
 
 def run(artifact: Artifact, folder: Path, inputs: Mapping[str, Array], *, exact: bool = True) -> dict[str, Array]:
@@ -111,24 +101,13 @@ def planned(found: Traced, scheme: str, component: str) -> QuantPlan:
     return positive(found.plan(scheme, component))
 
 
-def stored_weights(found: Traced, scheme: str) -> dict[str, Array]:
-    """Every weight as the plans round it, as float32."""
-    weights = {}
-    with WeightReader() as reader:
-        for component in found.components():
-            refs = found.variants(component)[0].weights
-            source = PlannedWeights(reader, refs, planned(found, scheme, component))
-            weights |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in refs.items()}
-    return weights
-
-
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
     name: str, scheme: str, zoo: Zoo, tmp_path: Path
 ) -> None:
     found = zoo.traced(name)
-    weights = stored_weights(found, scheme)
+    weights = stored_weights(found, scheme, positive)
     artifacts = {
         component: compiled(found.variants(component), planned(found, scheme, component), tmp_path)
         for component in found.components()
@@ -144,7 +123,7 @@ def test_the_last_slots_are_filled_token_by_token(zoo: Zoo, tmp_path: Path) -> N
     # The runtime would move a padded piece that ends behind the cache to the front, over what is there.
     found = zoo.traced("llama")
     artifact = compiled([found.model], planned(found, "fp32", "decoder"), tmp_path)
-    weights = stored_weights(found, "fp32")
+    weights = stored_weights(found, "fp32", positive)
     decoder, expected = litert_runner.open_decoder(tmp_path, artifact, threads=1), Decoder(found, weights)
     for start, stop in ((0, 29), (29, 32)):
         got = decoder.step(TOKENS[start:stop], start)

@@ -17,6 +17,9 @@ from graphs import (
     Zoo,
     assert_computes,
     assert_stores,
+    positive,
+    stored_weights,
+    written,
 )
 from test_backend_ops import build, oracle
 
@@ -24,9 +27,7 @@ from edgeexport import targets
 from edgeexport.backends import litert_nnapi, litert_nnapi_runner
 from edgeexport.backends.litert_nnapi_lint import lint, read
 from edgeexport.bundle.artifacts import OpenArtifacts
-from edgeexport.checkpoint import WeightReader
-from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
-from edgeexport.quant.source import PlannedWeights
+from edgeexport.core import Artifact, CanonicalModel, Dim, QuantPlan, Target
 
 
 def target(**options: Any) -> Target:
@@ -35,36 +36,14 @@ def target(**options: Any) -> Target:
     return replace(found, options={"prefill": 4, **options})
 
 
-def positive(plan: QuantPlan) -> QuantPlan:
-    """The plan as this backend gets it."""
-    formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in plan.formats.items()}
-    return replace(plan, formats=formats)
-
-
 def compiled(models: list[CanonicalModel], plan: QuantPlan, folder: Path, **options: Any) -> Artifact:
     """What the backend writes of one component into `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for model in models:
-        assert litert_nnapi.check(model, target(**options), plan) == []
-    with WeightReader() as reader:
-        source = PlannedWeights(reader, models[0].weights, plan)
-        return litert_nnapi.compile(models, target(**options), plan, source, folder)
+    return written(litert_nnapi, models, target(**options), plan, folder)
 
 
 def planned(found: Traced, scheme: str, component: str = "decoder") -> QuantPlan:
     """A component's plan as this backend gets it."""
     return positive(found.plan(scheme, component))
-
-
-def stored_weights(found: Traced, scheme: str) -> dict[str, Array]:
-    """Every weight as the plans round it, as float32."""
-    weights = {}
-    with WeightReader() as reader:
-        for component in found.components():
-            refs = found.variants(component)[0].weights
-            source = PlannedWeights(reader, refs, planned(found, scheme, component))
-            weights |= {name: source.stored_rows(name, 0, ref.shape[0]) for name, ref in refs.items()}
-    return weights
 
 
 # what is computed
@@ -83,7 +62,7 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
     name: str, scheme: str, zoo: Zoo, tmp_path: Path
 ) -> None:
     found = zoo.traced(name)
-    weights = stored_weights(found, scheme)
+    weights = stored_weights(found, scheme, positive)
     artifacts = {
         component: compiled(found.variants(component), planned(found, scheme, component), tmp_path)
         for component in found.components()
@@ -159,7 +138,7 @@ def test_what_pads_a_piece_is_never_written(zoo: Zoo, tmp_path: Path) -> None:
     found = zoo.traced("llama")
     artifact = compiled([found.model], planned(found, "fp32"), tmp_path)
     decoder = litert_nnapi_runner.open_decoder(tmp_path, artifact, threads=1)
-    expected = Decoder(found, stored_weights(found, "fp32"))
+    expected = Decoder(found, stored_weights(found, "fp32", positive))
     for start, stop in ((0, 9), (9, 12), (12, 29), (29, 32)):
         got = decoder.step(TOKENS[start:stop], start)
         np.testing.assert_allclose(got, expected.step(TOKENS[start:stop], start), atol=1e-5)

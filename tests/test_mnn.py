@@ -15,18 +15,28 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from cases.ops import OPS, OpCase
-from graphs import TEXT_FAMILIES, TOKENS, Decoder, Traced, Zoo, assert_computes, assert_stores, traced, write_checkpoint
+from graphs import (
+    TEXT_FAMILIES,
+    TOKENS,
+    Decoder,
+    Traced,
+    Zoo,
+    assert_computes,
+    assert_stores,
+    stored_weights,
+    traced,
+    write_checkpoint,
+    written,
+)
 from test_backend_ops import build, oracle
-from test_backends_contract import LARGER, stored_weights
+from test_backends_contract import LARGER
 
 from edgeexport import errors, families, targets
 from edgeexport.backends import mnn, mnn_convert, mnn_runner
 from edgeexport.backends.mnn_graph import Graph
 from edgeexport.bundle.artifacts import OpenArtifacts
-from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Target, TensorSpec
 from edgeexport.quant import SCHEMES
-from edgeexport.quant.source import PlannedWeights
 
 LOOKED_UP = tuple(name for name in SCHEMES if name != "fp32")
 """Schemes whose embedding MNN-LLM looks up."""
@@ -39,12 +49,7 @@ def target(**options: Any) -> Target:
 
 def compiled(models: list[CanonicalModel], plan: QuantPlan, folder: Path, **options: Any) -> Artifact:
     """What the backend writes of one component into `folder`, which is made."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for model in models:
-        assert mnn.check(model, target(**options), plan) == []
-    with WeightReader() as reader:
-        source = PlannedWeights(reader, models[0].weights, plan)
-        return mnn.compile(models, target(**options), plan, source, folder)
+    return written(mnn, models, target(**options), plan, folder)
 
 
 @pytest.fixture

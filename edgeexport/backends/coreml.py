@@ -14,6 +14,7 @@ from edgeexport import errors
 from edgeexport.backends.coreml_channels import MULTIPLE
 from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_ops import OPS
+from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -75,12 +76,7 @@ OPTIONS = Options
 
 def versions() -> dict[str, str]:
     """Versions of the tools that shape the artifact's bytes. Raises: ToolError `missing-package`."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return {name: version(name) for name in ("coremltools", "onnx-ir")}
-    except PackageNotFoundError as problem:
-        raise errors.missing_package("coremltools", "coreml") from problem
+    return versions_of("coreml", "coremltools", "onnx-ir")
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:

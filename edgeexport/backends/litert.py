@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from edgeexport.backends.litert_names import (
 )
 from edgeexport.backends.litert_ops import OPS
 from edgeexport.backends.optable import OpTable
+from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -84,13 +84,7 @@ OPTIONS = Options
 
 def versions() -> dict[str, str]:
     """Versions of the tools that shape the artifact's bytes. Raises: ToolError `missing-package`."""
-    found = {}
-    for name in ("ai-edge-litert", "flatbuffers", "onnx", "onnx-ir"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as problem:
-            raise errors.missing_package(name, "tflite") from problem
-    return found
+    return versions_of("tflite", "ai-edge-litert", "flatbuffers", "onnx", "onnx-ir")
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from edgeexport.backends.mnn_llm import as_json, context_of, llm_config, run_con
 from edgeexport.backends.mnn_names import CONFIG, LLM_CONFIG, STEP, TOKENIZER
 from edgeexport.backends.mnn_ops import OPS
 from edgeexport.backends.mnn_tokenizer import tokenizer_file
+from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -47,13 +47,7 @@ PARTS_FIX = "build for another target, such as android-tflite; a text model buil
 
 def versions() -> dict[str, str]:
     """Versions of the tools that shape the artifact's bytes. Raises: ToolError `missing-package`."""
-    found = {}
-    for name in ("MNN", "onnx", "onnx-ir"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError as problem:
-            raise errors.missing_package(name, "mnn") from problem
-    return found
+    return versions_of("mnn", "MNN", "onnx", "onnx-ir")
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
@@ -109,7 +103,7 @@ def compile(
         files[graph_file(component, model.variant)] = convert(lowering.run(), lowering.graph.placeholders, component)
     if lowering.embedding:
         files[LLM_CONFIG] = as_json(llm_config(model, file.weights[lowering.embedding], file.size))
-        files[CONFIG] = as_json(run_config(next(iter(files)), file.file, context_of(model), options.threads))
+        files[CONFIG] = as_json(run_config(next(iter(files)), file.file, context_of(models[0]), options.threads))
     storage.write(work, file, source, progress)
     try:
         for name, data in files.items():
