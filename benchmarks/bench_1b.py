@@ -1,6 +1,6 @@
 """Build a random 1.1B-parameter Llama (2.2 GB) and compare time and peak memory with what is asked.
 
-    python benchmarks/bench_1b.py [--work build/bench-1b]
+    python benchmarks/bench_1b.py [--work build/bench-1b] [--target android-ort]
 
 The checkpoint is written once and kept in the work folder. Each build starts with an empty cache. Exits with 1 where a
 figure is beyond its limit.
@@ -43,6 +43,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--work", type=Path, default=Path("build/bench-1b"))
+    parser.add_argument("--target", default="android-ort")
     parser.add_argument("--level", choices=[case.level for case in CASES], help="only this one")
     options = parser.parse_args()
     checkpoint = options.work / PRESET
@@ -53,15 +54,15 @@ def main() -> int:
     print(f"{'build':<20} {'seconds':>8} {'asked':>8} {'peak GB':>8} {'asked':>8}  verdict")
     for case in CASES:
         if options.level in {None, case.level}:
-            missed += not _run(case, checkpoint, options.work)
+            missed += not _run(case, checkpoint, options)
     return 1 if missed else 0
 
 
-def _run(case: Case, checkpoint: Path, work: Path) -> bool:
-    out, cache = work / "out", work / "cache"
+def _run(case: Case, checkpoint: Path, options: argparse.Namespace) -> bool:
+    out, cache = options.work / "out", options.work / "cache"
     for folder in (out, cache):
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "edgeexport", "build", str(checkpoint), "--target", "android-ort"]
+    command = [sys.executable, "-m", "edgeexport", "build", str(checkpoint), "--target", options.target]
     command += ["--quant", "int4-b32", "--parity", case.level, "--quiet", "-o", str(out)]
     usage = measure(command, {**os.environ, "EDGEEXPORT_CACHE_DIR": str(cache.resolve())}, quiet=True)
     kept = (

@@ -37,6 +37,7 @@ class Limits:
 
 
 TARGETS = {
+    "android-mnn": Limits("int4-b32", 2.0e9),
     "android-ort": Limits("int4-b128", 1.5e9, 150),
     "android-tflite": Limits("int4-b32", 1.5e9, 150, 1.005),
     "ios-coreml": Limits("int4-b32", 2.0e9),

@@ -95,6 +95,9 @@ def build(
     ] = None,
     parity: ParityLevel = "L5",
     max_rss: MaxRss = None,
+    samples: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures and sounds to calibrate by, for schemes that do so.")
+    ] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graph of every step to this folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
     json: Json = False,
@@ -109,8 +112,8 @@ def build(
 
     def one(name: str) -> pipeline.BuildResult:
         return pipeline.build(
-            model, name, out, quant=quant, context=context_length, parity=parity, max_rss=limit, dump=dump,
-            force=force, console=console,
+            model, name, out, quant=quant, context=context_length, parity=parity, max_rss=limit, samples=samples,
+            dump=dump, force=force, console=console,
         )  # fmt: skip
 
     cli_show.builds(console, target, one)

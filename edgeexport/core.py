@@ -125,6 +125,11 @@ class Target:
     source: str
     """The TOML text it was read from, for digests and error positions."""
 
+    def gates(self, scheme: str) -> Mapping[str, Mapping[str, Any]]:
+        """Its own gates by level: those for one scheme over those for all."""
+        own = self.parity.get(scheme, {})
+        return {level: {**self.parity.get(level, {}), **own.get(level, {})} for level in LEVELS}
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -239,11 +244,12 @@ class Format:
     palette: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales and palettes."""
+        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales and palettes. A row is what
+        the first axis holds."""
         elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
         if not self.integer:
             return elements * self.bits // 8
-        rows, width = elements // shape[-1], shape[-1]
+        rows, width = shape[0], elements // shape[0]
         scales = rows * (-(-width // self.block) if self.block else 2 if self.palette else 1)
         return rows * (-(-width * self.bits // 8)) + 2 * scales
 
@@ -272,8 +278,8 @@ class StoredWeight:
     folder), byte offsets of data and scales, format, and the logical [rows, width] shape. `signed` integers lie in
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
     the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file,
-    where it is not the shape's: a row, along the first axis, stays a row. `high_first`: of two int4 values in a byte,
-    the first is in the high bits. The float16 palettes of a format that has them lie at `palettes_offset`."""
+    where it is not the shape's: where that begins with the first axis, a row stays a row. `high_first`: of two int4
+    values in a byte, the first is in the high bits. The float16 palettes of a format that has them lie at `palettes_offset`."""
 
     file: str
     offset: int
@@ -323,6 +329,18 @@ class ParityResult:
     gate: Mapping[str, float | int]
     verdict: Verdict
     note: str = ""
+    stand_in: bool = False
+    """Whether something else ran in the artifact's place, as `note` says: a FAIL counts, and a PASS proves nothing of
+    the artifact."""
+
+
+@dataclass(frozen=True)
+class StandIn:
+    """What runs on this machine in place of an artifact that cannot: `opens` and `runs` say what, `why` says why."""
+
+    opens: str
+    runs: str
+    why: str
 
 
 @dataclass(frozen=True)
@@ -374,6 +392,10 @@ class WeightSource(Protocol):
         """int8 values [rows, width] and float16 scales [rows, blocks] of an integer format. Of one with palettes, from
         a whole group of 16 rows to another; the numbers are [rows, 2] there, see quant/palettes.py."""
 
+    def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
+        """Inputs like those to come, by name, for one variant of the component: what activations are calibrated by.
+        None where the user gave none."""
+
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in bytes or steps, often; must be cheap."""
@@ -386,9 +408,14 @@ def no_progress(done: int, total: int) -> None:
 def worst(results: Iterable[ParityResult]) -> Verdict:
     """The verdict of several rows together: FAIL over PASS over AMBIGUOUS over NOT_RUN.
 
-    AMBIGUOUS alone means that nothing could be decided; beside a PASS it is counted, not feared.
+    AMBIGUOUS alone means that nothing could be decided; beside a PASS it is counted, not feared. Where something else
+    ran in the artifact's place, a level has passed when the artifact itself has.
     """
-    verdicts = {result.verdict for result in results}
+    rows = list(results)
+    levels = {row.level for row in rows if row.stand_in}
+    if levels and not any(row.verdict is Verdict.FAIL for row in rows):
+        rows = [row for row in rows if row.level in levels and not row.stand_in]
+    verdicts = {row.verdict for row in rows}
     for verdict in (Verdict.FAIL, Verdict.PASS, Verdict.AMBIGUOUS):
         if verdict in verdicts:
             return verdict

@@ -604,6 +604,30 @@ def media_unreadable(path: Path, problem: str) -> UsageError:
     )
 
 
+def samples_unusable(folder: Path, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "samples-unusable",
+            "the samples cannot be used",
+            folder,
+            why,
+            "name a folder of some dozens of pictures and sounds like those to come: --samples DIR",
+        )
+    )
+
+
+def samples_missing(component: str, variant: str) -> UsageError:
+    return UsageError(
+        _error(
+            "samples-missing",
+            f"nothing to calibrate {component} {variant}".rstrip() + " by",
+            component,
+            "the scheme gives its activations fixed scales, which come from samples, and none of those given is for it",
+            "name a folder of pictures and sounds like those to come: --samples DIR; or choose --quant int8",
+        )
+    )
+
+
 def media_too_large(where: str, limit: int) -> UsageError:
     return UsageError(
         _error(
@@ -1019,6 +1043,28 @@ def tokenizer_unusable(where: object, problem: str) -> BundleError:
     )
 
 
+def tokenizer_without_table(part: str, kind: str) -> Finding:
+    return Finding(
+        "warning",
+        "tokenizer-without-table",
+        f"the native loader cannot tokenise as tokenizer.json does: {part} {kind}",
+        "tokenizer.json",
+        "the bundle holds no tokenizer/bpe.bin, from which the loader makes tokens of texts",
+        "give the loader's session token ids that the app makes; with ids of its own the bundle works as ever",
+    )
+
+
+def chat_template_without_table(problem: str) -> Finding:
+    return Finding(
+        "warning",
+        "chat-template-without-table",
+        f"the native loader cannot render a chat template {problem}",
+        "chat_template.jinja",
+        "the bundle holds no tokenizer/chat.json, by which the loader joins messages without Jinja",
+        "render the conversation in the app, and give the loader its text or tokens",
+    )
+
+
 def chat_template_missing(folder: Path) -> BundleError:
     return BundleError(
         _error(
@@ -1315,6 +1361,43 @@ def ort_file_too_large(path: Path, size: int, limit: int) -> LoweringError:
     )
 
 
+def engine_not_built(component: str, said: str) -> LoweringError:
+    return LoweringError(
+        _error(
+            "engine-not-built",
+            f"TensorRT built no engine of {component}",
+            component,
+            f"it said: {said}",
+            "read what it says; if nothing in the target file explains it, report this to us",
+        )
+    )
+
+
+def engine_not_run(component: str, sm: str) -> Finding:
+    return Finding(
+        "warning",
+        "engine-not-run",
+        f"the engine of {component} has been built, and nothing has run it",
+        component,
+        f"it runs on NVIDIA GPUs of compute capability {', '.join(f'{int(n) / 10:.1f}' for n in sm.split())} alone; "
+        "what was compared is the ONNX graph that it was built from, in ONNX Runtime",
+        "run it on such a GPU before it ships",
+    )
+
+
+def engine_to_build(component: str, builder: str) -> Finding:
+    return Finding(
+        "warning",
+        "engine-to-build",
+        "the bundle holds no engine: the device builds it, and nothing of it has run",
+        component,
+        "an engine of TensorRT is made for the GPU that is present; what was compared is the graph that it will be "
+        "built from, in ONNX Runtime",
+        f"on the device, in the bundle's folder: python3 {builder} build --out ../engines && python3 {builder} parity "
+        "--engines ../engines --out ../device-parity.json; then here: edgeexport parity BUNDLE --import it",
+    )
+
+
 def mnn_conversion_failed(component: str, said: str) -> LoweringError:
     return LoweringError(
         _error(
@@ -1335,6 +1418,18 @@ def mnn_tokenizer_unsupported(part: str, kind: str) -> LoweringError:
             "tokenizer.json",
             "its tokenizer has no such step, and another one would give other tokens",
             "build for another target, such as android-tflite, or android-ort",
+        )
+    )
+
+
+def mnn_takes_no_embeddings(why: str) -> ToolError:
+    return ToolError(
+        _error(
+            "mnn-takes-no-embeddings",
+            "MNN's Python package cannot be fed embeddings here",
+            "MNN",
+            f"it offers token ids alone, and the call inside it cannot be reached: {why}",
+            "prove and run it on Linux on x86-64, with MNN 3.6; an app feeds embeddings through android_runtime/mnn",
         )
     )
 

@@ -12,11 +12,13 @@ from pathlib import Path
 from edgeexport.backends.tools import versions_of
 from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
-from edgeexport.core import Checkpoint, Target
+from edgeexport.core import Checkpoint, Finding, Target
 from edgeexport.families import Family
+from edgeexport.samples import Samples
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.tokenizer import SpecialTokens, special_tokens
+from edgeexport.text_tables.files import table_files
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
 """Packages whose version may change an artifact."""
@@ -32,6 +34,8 @@ class Job:
     context: int
     parity: str
     family: Family
+    samples: Samples | None = None
+    """What the user gave to calibrate activations by."""
 
     @cached_property
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -52,6 +56,15 @@ class Job:
         return ChatTemplate(source.decode("utf-8"), self.special_tokens.names) if source is not None else None
 
     @cached_property
+    def text_tables(self) -> tuple[dict[str, bytes], list[Finding]]:
+        """What the native loader reads in place of tokenizer.json and the template, and warnings about what is
+        missing; nothing for targets of other loaders."""
+        if self.target.platform != "android":
+            return {}, []
+        pictures = self.contract is not None and self.contract.joining == "splice"
+        return table_files(self.tokenizer_files["tokenizer.json"], self.chat_template, pictures=pictures)
+
+    @cached_property
     def contract(self) -> Preprocess | None:
         """What pictures, sound and prompts must go through; None for a model of text alone."""
         return self.family.preprocess(self.checkpoint, self.target.shapes)
@@ -70,8 +83,9 @@ class Job:
 
     @cached_property
     def compile_key(self) -> str:
-        """Names the artifact: the graph, the weights' bytes, the target and the scheme."""
-        return key("compile", self.trace_key, self.weights_digest, self.target.source, self.target.name, self.scheme)
+        """Names the artifact: the graph, the weights' bytes, the target, the scheme and the samples."""
+        aim, samples = self.target, self.samples.digest if self.samples is not None else ""
+        return key("compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples)
 
     @cached_property
     def build_key(self) -> str:

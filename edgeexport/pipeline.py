@@ -19,6 +19,7 @@ from edgeexport.core import Finding, ParityResult, Verdict
 from edgeexport.job import Job
 from edgeexport.plan import context_for
 from edgeexport.plan import plan as plan_of
+from edgeexport.samples import find as find_samples
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,13 @@ def build(
     context: int | None = None,
     parity: str = "L5",
     max_rss: int | None = None,
+    samples: Path | None = None,
     dump: Path | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> BuildResult:
-    """Build OUT/<model>-<target>/ and prove it up to level `parity`.
+    """Build OUT/<model>-<target>/ and prove it up to level `parity`. A scheme that calibrates activations does so by
+    the pictures and sounds in the folder `samples`.
 
     Raises: an EdgeExportError of the class that the failing step names; nothing is left behind then.
     """
@@ -69,7 +72,8 @@ def build(
     step.refuse_plan(plan, max_rss, parity)
     checkpoint = open_checkpoint(model)
     aim = targets.load(target)
-    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type))
+    given = find_samples(samples) if samples is not None else None
+    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type), given)
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
     remarks = step.read_tokenizer(job)
     step.announce(console, plan, destination)

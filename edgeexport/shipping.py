@@ -47,13 +47,13 @@ def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult
 
 
 def sizes(parts: Sequence[Built]) -> tuple[int, int]:
-    """(bytes of the artifacts' graphs and weights, bytes the scheme needs by arithmetic). An `.ort` twin is not counted
-    twice."""
+    """(bytes of the artifacts' graphs and weights, bytes the scheme needs by arithmetic). A twin, `.ort` or `.engine`,
+    is not counted twice."""
     size = sum(
         (folder / name).stat().st_size
         for folder, artifact in (part.files for part in parts)
         for name in artifact.files
-        if not name.endswith(".ort")
+        if not name.endswith((".ort", ".engine"))
     )
     return size, sum(part.plan.ideal_bytes(part.shapes()) for part in parts)
 
@@ -88,6 +88,8 @@ def write_bundle(
             writer.add_bytes(f"{artifact.component}.weights.json", pretty(artifact.weights))
         for name, data in sorted(job.tokenizer_files.items()):
             writer.add_bytes(f"tokenizer/{name}", data)
+        for path, data in sorted(job.text_tables[0].items()):
+            writer.add_bytes(path, data)
         _add_package(job, parts, writer)
         if job.contract is not None:
             writer.add_bytes(preprocess.FILE, preprocess.to_json(job.contract))
@@ -114,7 +116,7 @@ def write_bundle(
                 golden=golden,
                 text=manifests.TextContract(job.special_tokens.stop_ids, dict(job.special_tokens.names)),
                 preprocess=preprocess.FILE if job.contract is not None else None,
-                tools=tool_versions(),
+                tools={**tool_versions(), **{k: v for part in parts for k, v in part.files[1].tools.items()}},
                 parity={
                     level: worst(row for row in climb.results if row.level == level)  # type: ignore[misc]
                     for level in LEVELS
@@ -124,9 +126,9 @@ def write_bundle(
 
 
 def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None:
-    """The single file that a runtime's own engine runs, where the backend writes one and the target asks for it."""
+    """The file that a runtime's own engine wants besides, where the backend writes one and the target asks for it."""
     write = getattr(backends.load(job.target.backend), "write_package", None)
-    if write is None or job.contract is not None:
+    if write is None:
         return
     folder, artifact = next(part.files for part in parts if part.name == DECODER)
     with TemporaryDirectory() as temporary:

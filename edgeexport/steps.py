@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
 from edgeexport.core import Array, Artifact, CanonicalModel, Component, Finding, Progress, QuantPlan, TensorRef
 from edgeexport.job import Job
-from edgeexport.quant.source import PlannedWeights
+from edgeexport.quant.source import PlannedWeights, no_samples
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def refuse_plan(plan: Mapping[str, Any], max_rss: int | None, parity: str) -> No
 
 def read_tokenizer(job: Job) -> list[Finding]:
     """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks."""
-    return [] if job.special_tokens.stop_ids else [errors.no_stop_token(job.checkpoint.path)]
+    remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(job.checkpoint.path)]
+    return remarks + job.text_tables[1]
 
 
 def announce(console: Console, plan: Mapping[str, Any], destination: Path) -> None:
@@ -153,7 +154,7 @@ def compile(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
 
 def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console: Console) -> Built:
     def fill(folder: Path) -> None:
-        source = PlannedWeights(reader, part.models[0].weights, part.plan)
+        source = PlannedWeights(reader, part.models[0].weights, part.plan, _samples(job, part.name))
         backend = backends.load(job.target.backend)
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
@@ -164,6 +165,14 @@ def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console
     return replace(
         part, folder=folder, artifact=msgspec.json.decode((folder / "artifact.json").read_bytes(), type=Artifact)
     )
+
+
+def _samples(job: Job, component: str) -> Callable[[str], Iterable[Mapping[str, Array]]]:
+    """What the user gave to calibrate a component by."""
+    samples, contract = job.samples, job.contract
+    if samples is None or contract is None:
+        return no_samples
+    return lambda variant: samples.inputs(contract, component, variant)
 
 
 def climb(
@@ -212,8 +221,9 @@ def climb(
         prompts=examples.texts(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],
         shown={name: case.example for name, case in shown.items()},
         answer_tokens=ANSWER_TOKENS,
-        overrides=job.target.parity,
+        overrides=job.target.gates(job.scheme),
         probe=_probe(job, parts, shown, console),
+        stand_in=getattr(runner, "STAND_IN", None),
     )
     return ladder.climb(subject, job.parity, watch)
 

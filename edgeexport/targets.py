@@ -22,7 +22,7 @@ GATES: Mapping[str, tuple[str, ...]] = {
     "L1": (),
     "L2": ("features", "max_abs"),
     "L3": ("min_snr_db",),
-    "L4": ("features", "kl", "max_abs"),
+    "L4": ("features", "kl", "max_abs", "shipped_features"),
     "L5": ("features", "kl", "max_abs", "near_tie", "top1"),
 }
 """The gates of each level that a target may override, with a `why`."""
@@ -241,14 +241,23 @@ def _check_sections(reader: _Reader, sections: Mapping[str, dict[str, Any]]) -> 
         vision = reader.section(sections["shapes"], "vision")
         reader.values(vision, _VISION, at="shapes.vision", required=_VISION)
     reader.values(sections["limits"], _LIMITS, at="limits")
-    reader.values(sections["parity"], {}, at="parity", sections=LEVELS)
-    for level in (level for level in LEVELS if level in sections["parity"]):
-        at = f"parity.{level}"
-        gates = reader.section(sections["parity"], level)
-        checks = dict.fromkeys(GATES[level], _number(0, 1e9))
-        reader.values(gates, {**checks, "why": _text}, at=at, required=["why"])
+    schemes = _schemes()
+    reader.values(sections["parity"], {}, at="parity", sections=[*LEVELS, *schemes])
+    _check_gates(reader, sections["parity"], "parity")
+    for scheme in (scheme for scheme in schemes if scheme in sections["parity"]):
+        own = reader.section(sections["parity"], scheme)
+        reader.values(own, {}, at=f"parity.{scheme}", sections=LEVELS)
+        _check_gates(reader, own, f"parity.{scheme}")
     for device in sections["devices"]:
         reader.values(reader.section(sections["devices"], device), _DEVICE, at=f"devices.{device}", required=_DEVICE)
+
+
+def _check_gates(reader: _Reader, levels: Mapping[str, Any], at: str) -> None:
+    """The gates of every level that is there, of all schemes or of one."""
+    for level in (level for level in LEVELS if level in levels):
+        gates = reader.section(levels, level)
+        checks = dict.fromkeys(GATES[level], _number(0, 1e9))
+        reader.values(gates, {**checks, "why": _text}, at=f"{at}.{level}", required=["why"])
 
 
 def _check_options(reader: _Reader, backend: str | None, options: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ settings.load_profile("edgeexport")
 
 if TYPE_CHECKING:
     from graphs import Zoo
+    from native import Parts
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,3 +36,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     from graphs import Zoo
 
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
+    """The native loader's parts that need no engine."""
+    from native import Parts
+
+    return Parts(tmp_path_factory.mktemp("parts"))

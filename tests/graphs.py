@@ -21,7 +21,7 @@ from edgeexport.canonical.trace import trace
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.core import Array, Artifact, CanonicalModel, Checkpoint, Dim, QuantPlan, Target, TensorSpec, no_progress
 from edgeexport.quant import plan
-from edgeexport.quant.source import PlannedWeights
+from edgeexport.quant.source import PlannedWeights, Samples, no_samples
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.runner import Call
@@ -287,13 +287,14 @@ def compiled(model: CanonicalModel | list[CanonicalModel], quant: QuantPlan, fol
 
 
 def written(
-    backend: backends.Backend, models: list[CanonicalModel], target: Target, quant: QuantPlan, folder: Path
-) -> Artifact:
+    backend: backends.Backend, models: list[CanonicalModel], target: Target, quant: QuantPlan, folder: Path,
+    samples: Samples = no_samples,
+) -> Artifact:  # fmt: skip
     """What a backend writes of a component, of which it refuses nothing, into `folder`, which is made."""
     folder.mkdir(parents=True, exist_ok=True)
     assert [finding for model in models for finding in backend.check(model, target, quant)] == []
     with WeightReader() as reader:
-        source = PlannedWeights(reader, models[0].weights, quant)
+        source = PlannedWeights(reader, models[0].weights, quant, samples)
         return backend.compile(models, target, quant, source, folder, no_progress)
 
 

@@ -100,7 +100,7 @@ def test_an_op_has_one_row() -> None:
 def test_check_is_pure_and_needs_no_sdk(name: str, zoo: Zoo, monkeypatch: pytest.MonkeyPatch) -> None:
     found = zoo.traced("llama")
     plan, backend = found.plan("int4-b32"), backends.load(name)
-    target = dataclasses.replace(host_target(), options={})  # those of another backend
+    target = dataclasses.replace(host_target(), precision="float16", options={})  # those of another backend
 
     def closed(*_: Any, **__: Any) -> Any:
         raise AssertionError("check opened a file")

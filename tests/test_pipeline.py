@@ -126,7 +126,7 @@ def test_two_builds_have_the_same_bytes(
         monkeypatch.setenv("EDGEEXPORT_CACHE_DIR", str(tmp_path / f"cache-{name}"))
         result = build(str(source), "android-ort", tmp_path / name, quant="int4-b32", context=CONTEXT)
         trees.append(tree(result.bundle))
-    assert trees[0].keys() == trees[1].keys()
+    assert trees[0].keys() == trees[1].keys() > {"tokenizer/bpe.bin"}  # which the native loader tokenises with
     assert [name for name in trees[0] if trees[0][name] != trees[1][name]] == []
 
 

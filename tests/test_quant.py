@@ -49,7 +49,7 @@ def test_schemes_are_consistent(scheme: quant.Scheme) -> None:
     assert scheme.embedding == scheme.lm_head, "tied models keep both in one tensor"
     assert scheme.other == FORMATS["fp32"]
     assert set(scheme.formats) == set(get_args(TensorClass))
-    assert not scheme.convolution.integer
+    assert not scheme.convolution.block, "no kernel reads a convolution's rows in blocks"
     assert all({**FORMATS, "palette4": PALETTE4}[fmt.name] == fmt for fmt in scheme.formats.values())
 
 

@@ -20,6 +20,8 @@ BACKENDS: Mapping[str, str] = {
     "litert-nnapi": "edgeexport.backends.litert_nnapi",
     "mnn": "edgeexport.backends.mnn",
     "onnxruntime": "edgeexport.backends.onnxruntime",
+    "tensorrt": "edgeexport.backends.tensorrt",
+    "tensorrt-kit": "edgeexport.backends.tensorrt_kit",
 }
 """Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""
 

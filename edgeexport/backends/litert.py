@@ -150,10 +150,14 @@ def write_package(
     work: Path,
 ) -> Path | None:
     """`<component>.litertlm` in the folder `work`, of the decoder in `folder`; None where the target does not ask for
-    it. Raises: ToolError `missing-package`; UsageError `output-not-writable`."""
+    it, and where the decoder is fed embeddings, which one file cannot look up.
+
+    Raises: ToolError `missing-package`; UsageError `output-not-writable`.
+    """
     from edgeexport.backends.litert_package import Speech, write_litertlm
 
-    if not Options(**target.options).litertlm:
+    by_id = all(spec.name != "embeddings" for each in artifact.signatures for spec in each.inputs)
+    if not Options(**target.options).litertlm or not by_id:
         return None
     template = tokenizer_files.get("chat_template.jinja", b"").decode("utf-8")
     made = work / f"{artifact.component}.litertlm"
@@ -220,8 +224,9 @@ def sign(
     if slices:
         outputs = {slice_name(key): tensor for key, tensor in outputs.items()}
     file.sign(lowering.graph, inputs, outputs)
-    return Signature(name, _specs(inputs), _specs(outputs), file.name)
+    return Signature(name, specs(inputs), specs(outputs), file.name)
 
 
-def _specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+def specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
+    """What a signature says of its inputs or outputs."""
     return tuple(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())

@@ -2,6 +2,8 @@
 activations that the fast kernels do.
 
 Every integer weight of a FULLY_CONNECTED or a CONV_2D is looked up as float32 rows first, all of them, at each run.
+Where activations are int8 they are float32 here, QUANTIZE and DEQUANTIZE between them are gone, and biases are the
+float32 numbers that their integers stand for.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ def write_exact(path: Path, out: Path) -> None:
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         model = schema.ModelT.InitFromPackedBuf(held)
         start = min((buffer.offset for buffer in model.buffers if buffer.offset), default=len(held))
+        _unquantise(model, schema, held)
         _widen(model, schema)
         moved = -(-(len(_packed(model)) - start) // ALIGNMENT) * ALIGNMENT
         for buffer in model.buffers:
@@ -45,6 +48,54 @@ def _packed(model: Any) -> bytes:
     builder = flatbuffers.Builder(1 << 16)
     builder.Finish(model.Pack(builder), b"TFL3")
     return bytes(builder.Output())
+
+
+def _unquantise(model: Any, schema: Any, data: mmap.mmap) -> None:
+    """Let int8 activations be float32, with what multiplies them."""
+    quantize, dequantize = (getattr(schema.BuiltinOperator, op) for op in ("QUANTIZE", "DEQUANTIZE"))
+    for number, graph in enumerate(model.subgraphs):
+        made = {int(index) for operator in graph.operators for index in operator.outputs}
+        ints = {index for index in made if graph.tensors[index].type == schema.TensorType.INT8}
+        same: dict[int, int] = {}
+        """A tensor that only was another one in another type, to that one."""
+        operators = []
+        for operator in graph.operators:
+            operator.inputs = [same.get(int(index), int(index)) for index in operator.inputs]
+            code = model.operatorCodes[operator.opcodeIndex].builtinCode
+            if code == quantize or (code == dequantize and operator.inputs[0] in ints):
+                same[int(operator.outputs[0])] = operator.inputs[0]
+                continue
+            operators += [*_floats(model, schema, graph, operator, ints, data), operator]
+        graph.operators = operators
+        graph.outputs = [same.get(int(index), int(index)) for index in graph.outputs]
+        for signature in model.signatureDefs:
+            if signature.subgraphIndex == number:
+                for pair in signature.outputs:
+                    pair.tensorIndex = same.get(int(pair.tensorIndex), int(pair.tensorIndex))
+        for index in ints:
+            graph.tensors[index].type, graph.tensors[index].quantization = schema.TensorType.FLOAT32, None
+
+
+def _floats(model: Any, schema: Any, graph: Any, operator: Any, ints: set[int], data: mmap.mmap) -> list[Any]:
+    """Give an operator over int8 activations its kernel and bias in float32; returns what must come before it."""
+    if len(operator.inputs) < 3 or operator.outputs[0] not in ints:
+        return []
+    kernel, bias = (graph.tensors[index] for index in operator.inputs[1:3])
+    if bias.type != schema.TensorType.INT32 or bias.quantization is None:
+        return []
+    buffer = model.buffers[bias.buffer]
+    units = np.frombuffer(data[buffer.offset : buffer.offset + buffer.size], np.int32)
+    numbers = units.astype(np.float32) * np.asarray(bias.quantization.scale, np.float32)
+    model.buffers.append(schema.BufferT(data=numbers.view(np.uint8)))
+    floats = _tensor(graph, schema, bias.shape, schema.TensorType.FLOAT32, len(model.buffers) - 1)
+    wide = _tensor(graph, schema, kernel.shape, schema.TensorType.FLOAT32, 0)
+    code = _code(model, schema, "DEQUANTIZE", 5)
+    widen = schema.OperatorT(
+        opcodeIndex=code, inputs=[operator.inputs[1]], outputs=[wide],
+        builtinOptionsType=schema.BuiltinOptions.DequantizeOptions, builtinOptions=schema.DequantizeOptionsT(),
+    )  # fmt: skip
+    operator.inputs = [operator.inputs[0], wide, floats]
+    return [widen]
 
 
 def _widen(model: Any, schema: Any) -> None:

@@ -48,6 +48,8 @@ class _Weight:
     rows: int
     scales: int = 0
     per_row: _PerRow | None = None
+    turned: Array | None = None
+    """Rows that are stored with the other sign, and so are their scales."""
 
 
 class _PerRow:
@@ -84,7 +86,7 @@ class ModelFile:
 
         self.name = name
         self.schema = schema
-        self._buffers: list[Array | tuple[_Weight, bool] | None] = [None]
+        self.buffers: list[Array | tuple[_Weight, bool] | None] = [None]
         """By index: a constant, or a weight's rows (False) or scales (True). The first is empty by convention."""
         self._constants: dict[tuple[str, bytes], int] = {}
         self._weights: dict[str, _Weight] = {}
@@ -101,18 +103,23 @@ class ModelFile:
         """The buffer that holds these numbers; equal ones are held once."""
         key = array.dtype.str, array.tobytes()
         if key not in self._constants:
-            self._constants[key] = len(self._buffers)
-            self._buffers.append(np.ascontiguousarray(array).reshape(-1))
+            self._constants[key] = len(self.buffers)
+            self.buffers.append(np.ascontiguousarray(array).reshape(-1))
         return self._constants[key]
 
-    def weight(self, name: str, shape: tuple[int, ...], fmt: Format, order: tuple[int, ...] = ()) -> _Weight:
-        """The weight of this name, entered when it is first asked for, its axes in the file in this order."""
+    def weight(
+        self, name: str, shape: tuple[int, ...], fmt: Format, order: tuple[int, ...] = (), turned: Array | None = None
+    ) -> _Weight:
+        """The weight of this name, entered when it is first asked for, its axes in the file in this order. With
+        `turned`, which rows of int8 are stored with the other sign, its scales have a buffer of their own: what the
+        graph multiplies by is then up to the caller."""
         if name not in self._weights:
-            weight = self._weights[name] = _Weight(name, shape, fmt, order, len(self._buffers))
-            self._buffers.append((weight, False))
-            if fmt.integer and fmt.block:
-                weight.scales = len(self._buffers)
-                self._buffers.append((weight, True))
+            weight = self._weights[name] = _Weight(name, shape, fmt, order, len(self.buffers))
+            self.buffers.append((weight, False))
+            if fmt.integer and (fmt.block or turned is not None):
+                weight.turned = turned
+                weight.scales = len(self.buffers)
+                self.buffers.append((weight, True))
             elif fmt.integer:
                 weight.per_row = _PerRow(shape[0], self._zeros)
         return self._weights[name]
@@ -152,7 +159,7 @@ class ModelFile:
 
         Raises: UsageError `output-not-writable`; what `source` raises.
         """
-        head = len(self._pack([(1, 1) if _size(held) else (0, 0) for held in self._buffers]))
+        head = len(self._pack([(1, 1) if _size(held) else (0, 0) for held in self.buffers]))
         layout, places = self._layout(head)
         data = self._pack(places)
         assert len(data) == head, "offsets have a fixed width"
@@ -168,7 +175,7 @@ class ModelFile:
         """Where everything will lie behind a flatbuffer of `head` bytes, and (offset, size) of every buffer."""
         layout = storage.Layout(self.name, head)
         places: list[tuple[int, int]] = []
-        for held in self._buffers:
+        for held in self.buffers:
             size = _size(held)
             if not size:
                 places.append((0, 0))
@@ -185,6 +192,8 @@ class ModelFile:
                 self.name, places[weight.rows][0], scales, fmt, weight.shape, signed=True,
                 scale_bits=32 if weight.per_row else 16, order=weight.order,
             )  # fmt: skip
+            if weight.turned is not None:
+                layout.turned[weight.name] = weight.turned
         return layout, places
 
     def _pack(self, places: Sequence[tuple[int, int]]) -> bytes:
@@ -215,8 +224,8 @@ def _size(held: Array | tuple[_Weight, bool] | None) -> int:
     if isinstance(held, np.ndarray):
         return held.nbytes
     weight, scales = held
-    rows = int(np.prod(weight.shape[:-1], dtype=np.int64))
-    width = weight.shape[-1] if weight.shape else 1
+    rows = weight.shape[0] if weight.shape else 1
+    width = int(np.prod(weight.shape[1:], dtype=np.int64))
     return rows * (2 * storage.blocks(width, weight.format) if scales else storage.row_bytes(width, weight.format))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgeexport import errors
 from edgeexport.backends import litert
@@ -26,11 +27,18 @@ from edgeexport.core import (
     no_progress,
 )
 
+if TYPE_CHECKING:
+    from edgeexport.backends.litert_file import ModelFile
+
 NAME = "litert-nnapi"
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "SCHEMES", "check", "compile", "versions"]
 
 POSITIVE_SCALES = litert.POSITIVE_SCALES
+STATIC = "int8-static"
+SCHEMES = (STATIC,)
 DECODER = "decoder"
+CALIBRATED = ("vision", "audio")
+"""Components whose activations have fixed scales in the scheme STATIC; text goes on to be scaled token by token."""
 MOST_REASONS = 3
 """Reasons that a finding lists."""
 
@@ -87,6 +95,8 @@ def compile(
     tools, options = versions(), Options(**target.options)
     component = models[0].component
     file = ModelFile(f"{component}.tflite")
+    if plan.scheme == STATIC and component in CALIBRATED:
+        return _calibrated(models, file, target, plan, source, work, progress)
     pieces = [options.prefill] if options.prefill else []
     signatures = [
         litert.sign(file, model, plan, name, options.features, OPS, slices=True)
@@ -98,6 +108,21 @@ def compile(
     state = tuple((cache, slice_name(cache)) for cache in caches)
     findings = _findings(component, work / file.name, options.feature_level, target.name)
     return Artifact(component, NAME, (file.name,), tuple(signatures), state, weights, tools, tuple(findings))
+
+
+def _calibrated(
+    models: Sequence[CanonicalModel], file: ModelFile, target: Target, plan: QuantPlan, source: WeightSource,
+    work: Path, progress: Progress,
+) -> Artifact:  # fmt: skip
+    """An encoder whose activations are int8, too."""
+    from edgeexport.backends import litert_nnapi_static as static
+
+    lowered = [static.lower(file, model, plan, source) for model in models]
+    signatures = tuple(signature for _, signature in lowered)
+    weights = static.write(file, [lowering for lowering, _ in lowered], signatures, work, source, progress)
+    component, level = models[0].component, Options(**target.options).feature_level
+    findings = _findings(component, work / file.name, level, target.name)
+    return Artifact(component, NAME, (file.name,), signatures, (), weights, versions(), tuple(findings))
 
 
 def _findings(component: str, path: Path, level: int, target: str) -> list[Finding]:

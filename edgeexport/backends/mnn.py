@@ -10,19 +10,30 @@ from typing import Any
 
 from edgeexport import errors
 from edgeexport.backends import storage
+from edgeexport.backends.mnn_file import FP32, WeightFile, looked_up
 from edgeexport.backends.mnn_llm import as_json, context_of, llm_config, run_config
-from edgeexport.backends.mnn_names import CONFIG, LLM_CONFIG, STEP, TOKENIZER
+from edgeexport.backends.mnn_names import (
+    CONFIG,
+    EMBED,
+    LLM_CONFIG,
+    STEP,
+    TOKENIZER,
+    graph_file,
+    lookup_config,
+    weight_file,
+)
 from edgeexport.backends.mnn_ops import OPS
+from edgeexport.backends.mnn_patterns import lookup_of
 from edgeexport.backends.mnn_tokenizer import tokenizer_file
 from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
     Finding,
-    Format,
     Progress,
     QuantPlan,
     Signature,
+    StoredWeight,
     Target,
     WeightSource,
     no_progress,
@@ -41,8 +52,6 @@ class Options:
 
 
 OPTIONS = Options
-FP32 = Format("fp32", 32, integer=False)
-PARTS_FIX = "build for another target, such as android-tflite; a text model builds for this one"
 
 
 def versions() -> dict[str, str]:
@@ -51,30 +60,22 @@ def versions() -> dict[str, str]:
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
-    """Every node that the table refuses or does not know, a decoder that is fed embeddings, and every weight in
-    a format that MNN does not take, all at once. Pure; no SDK."""
-    return [*OPS.check(model.graph.graph), *_refused_parts(model), *_refused_formats(model, plan)]
-
-
-def _refused_parts(model: CanonicalModel) -> list[Finding]:
-    """A finding for a decoder that is fed embeddings."""
-    if not model.state or model.inputs[0].name == "input_ids":
-        return []
-    why = "this backend writes decoders that are fed token ids: MNN's Python package can feed no other, so that none "
-    why += "could be proven on this computer"
-    return [errors.op_not_lowered(NAME, "a decoder that is fed embeddings", model.component, why, PARTS_FIX)]
+    """Every node that the table refuses or does not know, and every weight in a format that MNN does not take for its
+    purpose, all at once. Pure; no SDK."""
+    return [*OPS.check(model.graph.graph), *_refused_formats(model, plan)]
 
 
 def _refused_formats(model: CanonicalModel, plan: QuantPlan) -> list[Finding]:
-    """A finding for each format that MNN cannot read for its purpose: a lookup of MNN-LLM's takes no float32, and what
-    a graph without a cache reads as a value is float32 alone."""
-    if model.state:
-        refused = [name for name, kind in plan.classes.items() if kind == "embedding" and plan.formats[name] == FP32]
+    """A finding for each table that MNN cannot read: its lookup takes no float32, and what a graph reads as a value
+    is float32 alone."""
+    tables = [name for name, kind in plan.classes.items() if kind == "embedding"]
+    if model.state or lookup_of(model):
+        refused = [name for name in tables if plan.formats[name] == FP32]
         why, fix = "MNN-LLM looks embeddings up in float16, int8 or int4", "choose --quant fp16, or a smaller scheme"
     else:
-        values = [name for name, kind in plan.classes.items() if kind in ("embedding", "convolution")]
-        refused = [name for name in values if plan.formats[name] != FP32]
-        why, fix = "MNN reads a table or a kernel outside a multiplication in float32 alone", PARTS_FIX
+        refused = [name for name in tables if plan.formats[name] != FP32]
+        why = "MNN reads a table that is not of token ids in float32 alone"
+        fix = "build for another target, such as android-tflite"
     return [errors.op_not_lowered(NAME, f"a weight in {plan.formats[name].name}", name, why, fix) for name in refused]
 
 
@@ -86,25 +87,19 @@ def compile(
     work: Path,
     progress: Progress = no_progress,
 ) -> Artifact:
-    """Write `<component>.mnn` and its weight file into `work`; for a decoder, MNN-LLM's configuration too.
+    """Write `<component>.mnn` and its weight file into `work`; for a decoder, MNN-LLM's configuration too. A component
+    that only looks token ids up becomes a table for MNN-LLM, and a graph that gives the rows back.
 
     Raises: UsageError `output-not-writable`; LoweringError `mnn-conversion-failed`; CheckpointError for weights that
     cannot be stored.
     """
-    from edgeexport.backends.mnn_convert import convert
-    from edgeexport.backends.mnn_file import WeightFile
-    from edgeexport.backends.mnn_lowering import Lowering
-
-    tools, options, component = versions(), Options(**target.options), models[0].component
-    file = WeightFile(f"{component}.mnn.weight")
-    files: dict[str, bytes] = {}
-    for model in models:
-        lowering = Lowering(model, plan, file, OPS)
-        files[graph_file(component, model.variant)] = convert(lowering.run(), lowering.graph.placeholders, component)
-    if lowering.embedding:
-        files[LLM_CONFIG] = as_json(llm_config(model, file.weights[lowering.embedding], file.size))
-        files[CONFIG] = as_json(run_config(next(iter(files)), file.file, context_of(models[0]), options.threads))
-    storage.write(work, file, source, progress)
+    tools, component = versions(), models[0].component
+    table = lookup_of(models[0])
+    if table is not None:
+        files, layout = _table(component, table, models[0].weights[table].shape, plan, target)
+    else:
+        files, layout = _graphs(models, plan, target)
+    storage.write(work, layout, source, progress)
     try:
         for name, data in files.items():
             (work / name).write_bytes(data)
@@ -113,15 +108,63 @@ def compile(
     return Artifact(
         component=component,
         backend=NAME,
-        files=(*files, file.file),
+        files=(*files, layout.file),
         signatures=tuple(
             Signature(each.variant or STEP, each.inputs, each.outputs, graph_file(component, each.variant))
             for each in models
         ),
         state=models[0].state,
-        weights=file.weights,
+        weights=layout.weights,
         tools=tools,
     )
+
+
+def _table(
+    component: str, name: str, shape: tuple[int, ...], plan: QuantPlan, target: Target
+) -> tuple[dict[str, bytes], storage.Layout]:
+    """Files and layout of a table of embeddings [rows, width]."""
+    from edgeexport.backends.mnn_convert import convert
+    from edgeexport.backends.mnn_lowering import echo
+
+    options, layout = Options(**target.options), storage.Layout(weight_file(component))
+    layout.weights[name] = looked_up(layout.file, shape, plan.formats[name])
+    layout.size = plan.formats[name].nbytes(shape)
+    onnx, graph = echo(shape[1])
+    facts = llm_config(layout.weights[name], 0, layout.size)
+    running = run_config(graph_file(component), layout.file, layout.file, 0, options.threads)
+    made = convert(onnx, graph.placeholders, component)
+    return {graph_file(component): made, lookup_config(component): as_json({**facts, **running})}, layout
+
+
+def _graphs(
+    models: Sequence[CanonicalModel], plan: QuantPlan, target: Target
+) -> tuple[dict[str, bytes], storage.Layout]:
+    """Files and layout of a component's graphs; a decoder has one."""
+    from edgeexport.backends.mnn_convert import convert
+    from edgeexport.backends.mnn_lowering import Lowering
+
+    component, options = models[0].component, Options(**target.options)
+    file = WeightFile(weight_file(component))
+    files: dict[str, bytes] = {}
+    for model in models:
+        lowering = Lowering(model, plan, file, OPS)
+        files[graph_file(component, model.variant)] = convert(lowering.run(), lowering.graph.placeholders, component)
+    if model.state:
+        own = lowering.embedding
+        table = file.weights[own] if own else _table_elsewhere(model, plan)
+        turned = any(spec.name == "rope_positions" for spec in model.inputs)
+        facts = llm_config(table, len(model.state) // 2, file.size, turned=turned)
+        files[LLM_CONFIG] = as_json(facts)
+        running = run_config(graph_file(component), file.file, table.file, context_of(model), options.threads)
+        files[CONFIG] = as_json(running)
+    return files, file
+
+
+def _table_elsewhere(model: CanonicalModel, plan: QuantPlan) -> StoredWeight:
+    """Where the embeddings lie of a decoder that is fed them. They are in the head's format, of which every scheme has
+    one for both: tied models keep them in one tensor."""
+    head = next(name for name, kind in plan.classes.items() if kind == "lm_head")
+    return looked_up(weight_file(EMBED), model.weights[head].shape, plan.formats[head])
 
 
 def write_package(
@@ -152,8 +195,3 @@ def write_package(
 def _content(token: Any) -> str:
     """A token's text as tokenizer_config.json has it: itself, or in a table, or nothing."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
-
-
-def graph_file(component: str, variant: str) -> str:
-    """The file of a component's graph."""
-    return f"{component}.{variant}.mnn" if variant else f"{component}.mnn"

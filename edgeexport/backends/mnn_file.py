@@ -12,6 +12,7 @@ lists the values that an integer may have. Source: MNN source/core/ConvolutionCo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +21,10 @@ import numpy as np
 from edgeexport.backends.storage import Layout, blocks, row_bytes
 from edgeexport.core import Array, Format, StoredWeight
 
+FP32 = Format("fp32", 32, integer=False)
+BLOCKS = (32, 16)
+"""Widths of the blocks that a row's one scale is written for: 32 costs 6% of an int8 matrix, and 64 would leave twice
+the error."""
 IDST, FLOAT16 = 1, 3
 """Kinds of a matrix's parameters in MNN's schema."""
 
@@ -47,6 +52,7 @@ class WeightFile(Layout):
         if name in self._matrices:
             return self._matrices[name]
         rows, width = shape[0], int(np.prod(shape[1:], dtype=np.int64))
+        fmt = in_blocks(fmt, width)
         start, head = self.size, _header(rows, width, fmt.bits) if fmt.integer else np.empty(0, np.uint8)
         if fmt.integer:
             self.constants[f"{name}.header"] = (start, head)
@@ -68,21 +74,40 @@ class WeightFile(Layout):
             self.size += fmt.bits // 8 * int(np.prod(shape, dtype=np.int64))
         return self.weights[name].offset
 
-    def norm(self, names: Sequence[str], width: int, fmt: Format) -> int:
-        """Lay out a norm's scale, and its shift where there is one; returns the offset. A norm's tensors are its own:
-        MNN reads one behind the other."""
-        start = self.size
-        for k, name in enumerate(names):
-            self.weights[name] = StoredWeight(self.file, start + 4 * width * k, -1, fmt, (width,))
-        self.size += 8 * width  # what is not written is zero
-        return start
+    def norm(self, names: Sequence[str], width: int) -> int:
+        """Lay out a norm's scale, and its shift where there is one, once, in float32; returns the offset. A norm's
+        tensors are its own: MNN reads one behind the other."""
+        if names[0] not in self.weights:
+            for k, name in enumerate(names):
+                self.weights[name] = StoredWeight(self.file, self.size + 4 * width * k, -1, FP32, (width,))
+            self.size += 8 * width  # what is not written is zero
+        return self.weights[names[0]].offset
 
     def table(self, name: str, array: Array) -> int:
-        """Lay out a float32 tensor that is known already; returns its offset."""
-        if name not in self.constants:
-            self.constants[name] = (self.size, np.ascontiguousarray(array, np.float32))
-            self.size += array.size * 4
-        return self.constants[name][0]
+        """Lay out a float32 tensor that is known already, once; returns its offset. Variants of a component have
+        tables of one name and other numbers."""
+        data = np.ascontiguousarray(array, np.float32)
+        key = f"{name}.{hashlib.sha256(data.data).hexdigest()}"
+        if key not in self.constants:
+            self.constants[key] = (self.size, data)
+            self.size += data.nbytes
+        return self.constants[key][0]
+
+
+def in_blocks(fmt: Format, width: int) -> Format:
+    """The format with its one scale per row written for each of several blocks: as wide, MNN rounds activations (see
+    `run_config`). A plan gives such rows a width that a block divides."""
+    if not fmt.integer or fmt.block:
+        return fmt
+    block = next(size for size in BLOCKS if width % size == 0)
+    return Format(f"int{fmt.bits}-b{block}", fmt.bits, integer=True, block=block)
+
+
+def looked_up(file: str, shape: tuple[int, ...], fmt: Format) -> StoredWeight:
+    """A table alone in its file, rows and then scales, as MNN-LLM looks embeddings up that are no decoder's own."""
+    rows, width = shape
+    scales = rows * row_bytes(width, fmt) if fmt.integer else -1
+    return StoredWeight(file, 0, scales, fmt, shape, high_first=fmt.integer and fmt.bits == 4)
 
 
 def parameters(fmt: Format, rows: int, width: int) -> dict[str, object] | None:

@@ -5,20 +5,40 @@ What each op becomes is in mnn_ops.py; this room needs onnx-ir, that one does no
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx_ir as ir
 
 from edgeexport.backends.mnn_file import WeightFile, external, parameters
 from edgeexport.backends.mnn_graph import DTYPES, Graph
-from edgeexport.backends.mnn_names import EMBEDS, LAST, MASK, POSITIONS
+from edgeexport.backends.mnn_names import EMBEDS, LAST, LOGITS, MASK, POSITIONS
 from edgeexport.backends.mnn_patterns import match_heads
 from edgeexport.backends.mnn_rewrite import Held, MnnOp
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import attribute, constant, stored
-from edgeexport.core import Array, CanonicalModel, Dim, Format, QuantPlan
+from edgeexport.core import Array, CanonicalModel, Dim, QuantPlan, TensorSpec
 
 SMALL = 1024
 """Bytes of a constant that stays in the graph."""
+
+
+def engine_inputs(graph: Graph, hidden: int, rows: int) -> tuple[ir.Value, ir.Value, ir.Value, ir.Value]:
+    """What MNN-LLM feeds a graph: embeddings, here as [1,T,hidden], mask, `rows` of positions, and where logits
+    begin."""
+    given = graph.input(EMBEDS, ir.DataType.FLOAT, ["T", 1, hidden])
+    mask = graph.input(MASK, ir.DataType.FLOAT, [1, 1, "T", "S"])
+    positions = graph.input(POSITIONS, ir.DataType.INT32, [rows, "T"])
+    last = graph.input(LAST, ir.DataType.INT32, [1])
+    return graph.emit("Reshape", [given, graph.ints(1, -1, hidden)]), mask, positions, last
+
+
+def echo(hidden: int) -> tuple[bytes, Graph]:
+    """A graph that gives back the embeddings that MNN-LLM has looked up: what is left of a component that is a table,
+    as the converter takes it."""
+    graph = Graph()
+    embeds, *_ = engine_inputs(graph, hidden, 1)
+    return graph.onnx([(TensorSpec(LOGITS, "float32", (1, hidden)), embeds)]), graph
 
 
 class Lowering:
@@ -83,24 +103,26 @@ class Lowering:
 
     def linear(self, x: ir.Value, name: str, rank: int) -> ir.Value:
         """x [..., width] times the transposed weight [rows, width]: a convolution of one pixel, as MNN keeps it."""
-        shape, fmt = self.model.weights[name].shape, self.plan.formats[name]
-        rows, width = shape
+        rows, width = self.model.weights[name].shape
         sizes = [1] * (rank - 2) + [-1, rows]
         return self.graph.place(
             name, [x],
             MnnOp("Reshape", ("in0",), "columns", {"dims": [-1, width, 1, 1], "dimType": "NCHW"}),
             MnnOp("ConvertTensor", ("columns",), "packed", {"source": "NCHW", "dest": "NC4HW4"}, "TensorConvertInfo"),
-            MnnOp("Convolution", ("packed",), "product", self._pixel(name, shape, fmt), "Convolution2D"),
+            MnnOp("Convolution", ("packed",), "product", self.convolution(name, {}), "Convolution2D"),
             MnnOp("ConvertTensor", ("product",), "plain", {"source": "NC4HW4", "dest": "NCHW"}, "TensorConvertInfo"),
             MnnOp("Reshape", ("plain",), "out", {"dims": sizes, "dimType": "NCHW"}),
         )  # fmt: skip
 
-    def _pixel(self, name: str, shape: tuple[int, ...], fmt: Format) -> dict[str, object]:
-        rows, width = shape
+    def convolution(self, name: str, settings: Mapping[str, object]) -> dict[str, object]:
+        """A convolution over the kernel `name`, a matrix or [outputs, inputs, height, width], and no bias; of one
+        pixel but for what `settings` say."""
+        shape, fmt = self.model.weights[name].shape, self.plan.formats[name]
+        rows, width = shape[0], int(np.prod(shape[1:], dtype=np.int64))
         common = {
             "dilateX": 1, "dilateY": 1, "strideX": 1, "strideY": 1, "kernelX": 1, "kernelY": 1, "padX": 0, "padY": 0,
-            "group": 1, "outputCount": rows, "relu": False, "padMode": "CAFFE", "relu6": False, "inputCount": width,
-            "hasOutputShape": False,
+            "group": 1, "outputCount": rows, "relu": False, "padMode": "CAFFE", "relu6": False, "inputCount": shape[1],
+            "hasOutputShape": False, **settings,
         }  # fmt: skip
         quan = parameters(fmt, rows, width)
         place = external(self.file.matrix(name, shape, fmt))
@@ -137,12 +159,8 @@ class Lowering:
             self.file.matrix(self.embedding, shape, self.plan.formats[self.embedding])
             hidden = shape[1]
         assert isinstance(hidden, int), "embeddings have a fixed width"
-        given = self.graph.input(EMBEDS, ir.DataType.FLOAT, ["T", 1, hidden])
-        self.mask = self.graph.input(MASK, ir.DataType.FLOAT, [1, 1, "T", "S"])
         turned = "rope_positions" in values
-        positions = self.graph.input(POSITIONS, ir.DataType.INT32, [3 if turned else 1, "T"])
-        self.last = self.graph.input(LAST, ir.DataType.INT32, [1])
-        embeds = self.graph.emit("Reshape", [given, self.graph.ints(1, -1, hidden)])
+        embeds, self.mask, positions, self.last = engine_inputs(self.graph, hidden, 3 if turned else 1)
         self.values[lookup.outputs[0] if lookup is not None else values["inputs_embeds"]] = embeds
         if turned:
             self.values[values["rope_positions"]] = self.graph.emit("Unsqueeze", [positions, self.graph.ints(1)])

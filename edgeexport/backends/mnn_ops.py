@@ -88,27 +88,46 @@ def _plain_attention(node: ir.Node, ctx: Lowering) -> None:
     ctx.values[node.outputs[0]] = out
 
 
-@OPS.lower("Conv", note="Convolution, in two dimensions where it has one")
+def _conv_limit(node: ir.Node) -> str | None:
+    return None if stored(node.inputs[1]) is not None else "its kernel is computed"
+
+
+@OPS.lower("Conv", note="Convolution, in two dimensions where it has one", limit=_conv_limit)
 def conv(node: ir.Node, ctx: Lowering) -> None:
     """Conv(X, W, B)"""
     given, kernel = node.inputs[0], stored(node.inputs[1])
     assert given is not None and given.shape is not None and kernel is not None, "a kernel is a weight"
-    if len(given.shape) == 4:
-        ctx.keep(node)
-        return
-    graph, shape = ctx.graph, ctx.model.weights[str(kernel.name)].shape
-    widened = {
-        "kernel_shape": [1, shape[2]],
-        "strides": [1, *attribute(node, "strides", [1])],
-        "dilations": [1, *attribute(node, "dilations", [1])],
-        "pads": [0, attribute(node, "pads", [0, 0])[0], 0, attribute(node, "pads", [0, 0])[1]],
-        "group": attribute(node, "group", 1),
-    }
-    wide = graph.emit("Unsqueeze", [ctx.value(given), graph.ints(2)])
-    weights = graph.emit("Unsqueeze", [ctx.value(node.inputs[1]), graph.ints(2)])
-    bias = [ctx.value(value) for value in node.inputs[2:]]
-    out = graph.emit("Conv", [wide, weights, *bias], widened)
-    ctx.values[node.outputs[0]] = graph.emit("Squeeze", [out, graph.ints(2)])
+    name, graph, flat = str(kernel.name), ctx.graph, len(given.shape) == 3
+    outputs, inputs, *sizes = ctx.model.weights[name].shape
+    strides, dilations = (list(attribute(node, key, [1] * len(sizes))) for key in ("strides", "dilations"))
+    pads, group = list(attribute(node, "pads", [0] * 2 * len(sizes))), attribute(node, "group", 1)
+    x = ctx.value(given)
+    if flat:
+        x, sizes, strides, dilations = (
+            graph.emit("Unsqueeze", [x, graph.ints(2)]),
+            [1, *sizes],
+            [1, *strides],
+            [1, *dilations],
+        )
+        pads = [0, pads[0], 0, pads[1]]
+    settings = {
+        "kernelY": sizes[0], "kernelX": sizes[1], "strideY": strides[0], "strideX": strides[1],
+        "dilateY": dilations[0], "dilateX": dilations[1], "pads": pads, "group": group, "inputCount": inputs * group,
+    }  # fmt: skip
+    alone = group == outputs and inputs == 1
+    out = graph.place(
+        name, [x],
+        MnnOp("ConvertTensor", ("in0",), "packed", {"source": "NCHW", "dest": "NC4HW4"}, "TensorConvertInfo"),
+        MnnOp(
+            "ConvolutionDepthwise" if alone else "Convolution", ("packed",), "product",
+            ctx.convolution(name, settings), "Convolution2D",
+        ),
+        MnnOp("ConvertTensor", ("product",), "out", {"source": "NC4HW4", "dest": "NCHW"}, "TensorConvertInfo"),
+    )  # fmt: skip
+    for bias in node.inputs[2:]:
+        column = graph.emit("Reshape", [ctx.value(bias), graph.ints(1, outputs, 1, 1)])
+        out = graph.emit("Add", [out, column])
+    ctx.values[node.outputs[0]] = graph.emit("Squeeze", [out, graph.ints(2)]) if flat else out
 
 
 @OPS.lower("BatchNormalization", note="a product and a sum for each channel")
@@ -190,11 +209,17 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
     ctx.values[found.output] = ctx.linear(ctx.value(found.input), str(found.weight.name), rank)
 
 
-@OPS.lower("Gather", note="MNN-LLM's lookup for token ids, GatherV2 for other tables")
+@OPS.lower("Gather", note="MNN-LLM's lookup for token ids, GatherV2 for other tables, a Slice for one row")
 def gather(node: ir.Node, ctx: Lowering) -> None:
     """Gather(data, indices)"""
-    if attribute(node, "axis", 0) == 0 and constant(node.inputs[0]) is not None:
+    graph, axis, row = ctx.graph, attribute(node, "axis", 0), constant(node.inputs[1])
+    if axis == 0 and constant(node.inputs[0]) is not None:
         ctx.values[node.outputs[0]] = _looked_up(ctx, ctx.value(node.inputs[0]), ctx.value(node.inputs[1]))
+    elif row is not None and row.shape.rank() == 0:  # MNN's Gather would keep the axis
+        start = int(row.numpy())
+        bounds = [graph.ints(start), graph.ints(start + 1 or END), graph.ints(axis)]
+        part = graph.emit("Slice", [ctx.value(node.inputs[0]), *bounds])
+        ctx.values[node.outputs[0]] = graph.emit("Squeeze", [part, graph.ints(axis)])
     else:
         ctx.keep(node)
 
@@ -208,7 +233,7 @@ def norm(node: ir.Node, ctx: Lowering) -> None:
     names = [str(weight.name) for weight in weights if weight is not None and weight.name in ctx.model.weights]
     if len(names) == len(weights):
         width = ctx.model.weights[names[0]].shape[0]
-        main["external"] = [ctx.file.norm(names, width, ctx.plan.formats[names[0]]), 4 * width, 4 * width]
+        main["external"] = [ctx.file.norm(names, width), 4 * width, 4 * width]
     out = ctx.graph.place("norm", [ctx.value(node.inputs[0])], MnnOp("LayerNorm", ("in0",), "out", main))
     if len(names) != len(weights):
         out = ctx.graph.emit("Mul", [out, ctx.value(node.inputs[1])])

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from edgeexport.canonical.dialect import attribute
+from edgeexport.canonical.dialect import attribute, stored
+from edgeexport.core import CanonicalModel
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -43,3 +44,13 @@ def match_heads(attention: ir.Node) -> Heads | None:
 def _only_user(value: ir.Value, op: str) -> ir.Node | None:
     users = [node for node, _ in value.uses()]
     return users[0] if len(users) == 1 and users[0].op_type == op else None
+
+
+def lookup_of(model: CanonicalModel) -> str | None:
+    """The weight that a component looks token ids up in, where that is all it does."""
+    graph: ir.Graph = model.graph.graph
+    nodes = [node for node in graph if node.op_type != "Cast"]
+    if [value.name for value in graph.inputs] != ["input_ids"] or [node.op_type for node in nodes] != ["Gather"]:
+        return None
+    table = stored(nodes[0].inputs[0])
+    return str(table.name) if table is not None and table.name in model.weights else None

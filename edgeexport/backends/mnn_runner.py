@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-import json
-import os
-import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,96 +12,127 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.backends.mnn_llm import WEIGHT_BYTES
-from edgeexport.backends.mnn_names import CONFIG, LLM_CONFIG, LOGITS, STEP, TOKENIZER
-from edgeexport.core import Array, Dim, TensorSpec
-
-ENGINE = "MNN"
-EXACT = {"precision": "high", "memory": "high"}
-"""float32 throughout: weights are widened when they are loaded, and activations are not rounded to int8."""
-FACTS = (
-    "hidden_size",
-    "layer_nums",
-    "attention_mask",
-    "attention_type",
-    "key_value_shape",
-    "tie_embeddings",
-    "is_mrope",
+from edgeexport.backends.mnn_engine import ENGINE, described, load, open_module, value_of
+from edgeexport.backends.mnn_names import (
+    CONFIG,
+    EMBEDS,
+    LAST,
+    LLM_CONFIG,
+    LOGITS,
+    MASK,
+    POSITIONS,
+    STEP,
+    lookup_config,
+    weight_file,
 )
-SETTINGS = ("backend_type", "precision", "memory", "sampler_type", "max_all_tokens", "reuse_kv")
-"""What the engine is told of a bundle's two files; no path among them."""
-NO_TOKENIZER = "430 1\n0 1 0\n0\n1\nYQ==\n"
-"""The engine does not load without one. This one knows a single token, and is never asked: the runner feeds ids."""
+from edgeexport.backends.mnn_native import NativeLlm
+from edgeexport.core import Array, Dim, TensorSpec
 
 
 class MnnDecoder:
-    """One decoder at batch 1, fed token ids: MNN looks the embeddings up itself."""
+    """One decoder at batch 1, fed token ids, whose embeddings MNN looks up itself, or embeddings."""
 
     def __init__(self, folder: Path, component: Any, *, threads: int | None, exact: bool) -> None:
         inputs, outputs, _ = _signature(component, "")
         self.context, self.vocab = _fixed(inputs[component.state[0][0]], 2), _fixed(outputs[LOGITS], -1)
         self.runtime_seconds = 0.0
+        self._folder = folder
         self._links = tempfile.TemporaryDirectory(prefix="edgeexport-mnn-")
-        self._llm = _load(folder, Path(self._links.name), threads, exact=exact)
+        by_id = "input_ids" in inputs
+        self._llm = load(
+            folder, Path(self._links.name), threads, (CONFIG, LLM_CONFIG), exact=exact, looks_up=by_id
+        )  # fmt: skip
+        self._native = None if by_id else NativeLlm(self._llm)
         self._held = 0
         self._logits = np.zeros(self.vocab, np.float32)
 
     def step(self, fed: Array, position: int, rope: Array | None = None) -> npt.NDArray[np.float32]:
-        """Write T tokens, int64 [T], at cache slots position..; logits [V] of the last one, a view that the next step
-        overwrites."""
+        """Write T tokens at cache slots position..; logits [V] of the last one, a view that the next step overwrites.
+
+        `fed` is int64 [T], or float32 [T,hidden] where the graph takes embeddings; `rope` int64 [3,T] where it turns
+        by M-RoPE. Raises: BundleError `artifact-does-not-open` when the engine fails.
+        """
         started = time.perf_counter()
-        if position == 0:
-            self._llm.reset()
-        elif position < self._held:
-            self._llm.erase_history(position, 0)  # from there to the end
         # The engine keeps a copy of the graph for each length that it decodes, and one for prompts of any length.
         self._llm.set_context({**self._llm.get_context(), "gen_seq_len": int(len(fed) == 1)})
-        given = self._llm.forward([int(token) for token in fed])
-        self._logits[:] = np.asarray(given.read(), np.float32).reshape(-1)[-self.vocab :]
-        del given  # a value of the engine's must go before the engine does: MNN crashes else
+        made = self._of_ids(fed, position) if self._native is None else self._of_embeddings(fed, position, rope)
+        self._logits[:] = made[-self.vocab :]
         self._held = position + len(fed)
         self.runtime_seconds += time.perf_counter() - started
         return self._logits
 
     def close(self) -> None:
         """Let the weights and the cache go."""
+        self._native = None
+        del self._llm
+        self._links.cleanup()
+
+    def _of_ids(self, ids: Array, position: int) -> Array:
+        """The engine's logits; with the first token of all it begins anew."""
+        if position == 0:
+            self._llm.reset()
+        elif position < self._held:
+            self._llm.erase_history(position, 0)  # from there to the end
+        return _forward(self._llm, ids)
+
+    def _of_embeddings(self, embeds: Array, position: int, rope: Array | None) -> Array:
+        assert self._native is not None
+        positions = np.arange(position, position + len(embeds))[None] if rope is None else rope
+        made = self._native.forward(embeds, positions.astype(np.int32), self._held - position)
+        if not made.size:
+            raise errors.artifact_does_not_open(str(self._folder), ENGINE, "it gave no logits")
+        return made
+
+
+class MnnLookup:
+    """A table of embeddings: MNN-LLM looks rows up in the file, as it does before a decoder, and its graph gives back
+    what it is fed."""
+
+    def __init__(self, folder: Path, component: Any) -> None:
+        _, outputs, _ = _signature(component, "")
+        ((self._name, spec),) = outputs.items()
+        self._width = _fixed(spec, -1)
+        self._links = tempfile.TemporaryDirectory(prefix="edgeexport-mnn-")
+        name = lookup_config(_named(component))
+        self._llm = load(folder, Path(self._links.name), 1, (name, name), exact=True, looks_up=True)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Inputs and outputs by name."""
+        self._llm.reset()
+        return {self._name: _forward(self._llm, inputs["input_ids"][0]).reshape(1, -1, self._width)}
+
+    def close(self) -> None:
+        """Let the engine go."""
         del self._llm
         self._links.cleanup()
 
 
-class MnnGraph:
-    """One artifact without state."""
+def _forward(llm: Any, ids: Array) -> Array:
+    """What the engine makes of token ids [T]: float32, flat."""
+    given = llm.forward([int(token) for token in ids])
+    made = np.array(given.read(), np.float32).reshape(-1)
+    del given  # a value of the engine's must go before the engine does: MNN crashes else
+    return made
 
-    def __init__(self, folder: Path, component: Any, variant: str, *, threads: int | None, exact: bool) -> None:
+
+class MnnGraph:
+    """One artifact without state. The package's modules widen weights when they load them and compute in float32."""
+
+    def __init__(self, folder: Path, component: Any, variant: str, *, threads: int | None) -> None:
         self._inputs, self._outputs, file = _signature(component, variant)
-        graph = folder / file
-        self._links = tempfile.TemporaryDirectory(prefix="edgeexport-mnn-")  # weights are read when they are first used
-        with _hushed() as said:
-            try:
-                import _mnncengine._nn as native
-                from MNN import expr
-            except ImportError as problem:
-                raise errors.missing_package("MNN", "mnn") from problem
-            self._expr = expr
-            settings = {"backend": "CPU", "numThread": threads or 1, **(EXACT if exact else {"memory": "low"})}
-            manager = native.create_runtime_manager((settings,))
-            here = Path(self._links.name)
-            (here / "graph").symlink_to(graph.resolve())
-            (here / "graph.weight").symlink_to((folder / f"{_named(component)}.mnn.weight").resolve())
-            modes = (expr.Backend.CPU, expr.MemoryMode.Normal, expr.PowerMode.Normal, expr.PrecisionMode.Normal, 1)
-            try:
-                self._module = native.load_module_from_file(
-                    manager, list(self._inputs), list(self._outputs), str(here / "graph"), False, True, False, *modes
-                )
-            except (SystemError, RuntimeError) as problem:
-                raise errors.artifact_does_not_open(str(graph), ENGINE, said() or str(problem)) from problem
+        self._links = tempfile.TemporaryDirectory(prefix="edgeexport-mnn-")
+        weights = folder / weight_file(_named(component))
+        here = Path(self._links.name)
+        self._module = open_module(folder / file, weights, here, list(self._inputs), list(self._outputs), threads or 1)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs and outputs by name."""
-        given = [self._var(inputs[name]) for name in self._inputs]
+        from MNN import expr
+
+        given = [value_of(inputs[name]) for name in self._inputs]
         found = {}
         for (name, spec), value in zip(self._outputs.items(), self._module.onForward(given), strict=True):
-            plain = self._expr.convert(value, self._expr.NCHW) if value.data_format != self._expr.NCHW else value
+            plain = expr.convert(value, expr.NCHW) if value.data_format != expr.NCHW else value
             found[name] = np.array(plain.read()).astype(spec.dtype)
         return found
 
@@ -114,12 +140,6 @@ class MnnGraph:
         """Let the runtime go."""
         del self._module
         self._links.cleanup()
-
-    def _var(self, array: Array) -> Any:
-        whole = array.dtype.kind == "i"
-        kind = self._expr.int if whole else self._expr.float
-        plain = np.ascontiguousarray(array, np.int32 if whole else np.float32)
-        return self._expr.const(plain, list(plain.shape), self._expr.NCHW, kind)
 
 
 def open_decoder(folder: Path, component: Any, *, threads: int | None = None, exact: bool = False) -> MnnDecoder:
@@ -132,23 +152,26 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
 
 def open_graph(
     folder: Path, component: Any, variant: str = "", *, threads: int | None = None, exact: bool = False
-) -> MnnGraph:
-    """Open a component without state, or one variant of it; `exact` as in `open_decoder`.
+) -> MnnGraph | MnnLookup:
+    """Open a component without state, or one variant of it. It rounds no activation, `exact` or not.
 
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`; ToolError `missing-package`.
     """
-    return MnnGraph(folder, component, variant, threads=threads, exact=exact)
+    if lookup_config(_named(component)) in component.files:
+        return MnnLookup(folder, component)
+    return MnnGraph(folder, component, variant, threads=threads)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
-    """Inputs and outputs as the runner takes and gives them, once MNN has loaded the files: a decoder's own are
-    embeddings, positions and a mask, and its cache is inside; it must answer a token. Raises as `open_graph`.
+    """Inputs and outputs as the runner takes and gives them, once MNN has opened the graph: a decoder's own are
+    embeddings, positions and a mask, and its cache is inside. No weight is read. Raises as `open_graph`.
     """
-    inputs, outputs, _ = _signature(component, variant)
+    inputs, outputs, file = _signature(component, variant)
     if component.state:
-        decoder = open_decoder(folder, component)  # as it ships: `exact` takes eight times the memory of int4
-        decoder.step(np.zeros(1, np.int64), 0)
-        decoder.close()
+        found = described(folder, (CONFIG, LLM_CONFIG))
+        with tempfile.TemporaryDirectory(prefix="edgeexport-mnn-") as here:
+            given = (EMBEDS, MASK, POSITIONS, LAST)
+            open_module(folder / file, folder / found.files["llm_weight"], Path(here), given, (LOGITS,), 1)
     else:
         open_graph(folder, component, variant).close()
     return {**inputs, **outputs}
@@ -182,75 +205,3 @@ def _fixed(spec: TensorSpec, axis: int) -> int:
     size = spec.shape[axis]
     assert isinstance(size, int), "a decoder's cache and its logits have fixed sizes"
     return size
-
-
-def _load(folder: Path, here: Path, threads: int | None, *, exact: bool) -> Any:
-    """MNN's engine over the files in `folder`, which are linked into the empty folder `here` beside a configuration.
-
-    Raises: BundleError `artifact-does-not-open`; ToolError `missing-package`.
-    """
-    given, facts = _read(folder, CONFIG), _read(folder, LLM_CONFIG)
-    files = {key: str(given.get(key, "")) for key in ("llm_model", "llm_weight")}
-    for name in files.values():
-        if Path(name).name != name or not (folder / name).is_file():
-            raise errors.artifact_does_not_open(str(folder / CONFIG), ENGINE, f"there is no file {name!r} beside it")
-    weights = folder / files["llm_weight"]
-    if weights.stat().st_size != facts.get(WEIGHT_BYTES):
-        raise errors.artifact_does_not_open(
-            str(weights), ENGINE, "the weight file has not the size it was written with"
-        )
-    config = {key: given[key] for key in SETTINGS if key in given} | (EXACT if exact else {})
-    config["thread_num"] = threads or os.cpu_count() or 1
-    with _hushed() as said:
-        try:
-            import _mnncengine.llm as engine
-        except ImportError as problem:
-            raise errors.missing_package("MNN", "mnn") from problem
-        for key, name in files.items():
-            (here / key).symlink_to((folder / name).resolve())
-            config[key] = key
-        config["tokenizer_file"] = TOKENIZER
-        (here / TOKENIZER).write_text(NO_TOKENIZER)
-        (here / LLM_CONFIG).write_text(json.dumps({key: facts[key] for key in FACTS if key in facts}))
-        (here / CONFIG).write_text(json.dumps(config))
-        llm = engine.create(str(here / CONFIG), False)
-        if not llm.load():
-            raise errors.artifact_does_not_open(str(folder), ENGINE, said() or "it gave no reason")
-        llm.generate_init(None, None)
-    return llm
-
-
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """A configuration file. Raises: BundleError `artifact-does-not-open`."""
-    try:
-        found = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError) as problem:
-        raise errors.artifact_does_not_open(str(folder / name), ENGINE, str(problem)) from problem
-    if not isinstance(found, dict):
-        raise errors.artifact_does_not_open(str(folder / name), ENGINE, "it is not a table of settings")
-    return found
-
-
-@contextmanager
-def _hushed() -> Iterator[Any]:
-    """What MNN prints goes to a file instead of the process' standard output; gives a function that reads its last
-    lines."""
-    sys.stdout.flush()
-    native = ctypes.CDLL(None)
-    native.fflush(None)
-    kept = os.dup(1)
-    with tempfile.TemporaryFile() as file:
-
-        def said() -> str:
-            native.fflush(None)
-            file.seek(0)
-            lines = file.read().decode("utf-8", "replace").splitlines()
-            return " | ".join(line for line in lines if not line.startswith("The device supports"))
-
-        os.dup2(file.fileno(), 1)
-        try:
-            yield said
-        finally:
-            native.fflush(None)
-            os.dup2(kept, 1)
-            os.close(kept)

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from edgeexport import errors
+from edgeexport.tokenizer_json import Step, flat_steps, merge_pairs, pattern
 
 MAGIC, PIPELINE = 430, 4
-Step = Mapping[str, Any]
 NUMBER = r"\p{N}"
 BEHAVIOURS = {"Isolated": 0, "Removed": 1, "MergedWithPrevious": 2}
 
@@ -56,22 +56,9 @@ def _text(text: str) -> bytes:
     return struct.pack("<H", len(data)) + data
 
 
-def _pattern(step: Step) -> str:
-    """A regular expression, or a plain text."""
-    given = step["pattern"]
-    return str(given.get("Regex", given.get("String", "")) if isinstance(given, dict) else given)
-
-
-def _steps(step: Step | None, name: str) -> list[Step]:
-    """The steps of a sequence, those of its sequences among them; the step itself where it is none."""
-    if step is None:
-        return []
-    return [inner for each in step[name] for inner in _steps(each, name)] if step["type"] == "Sequence" else [step]
-
-
 def _has(step: Step | None, kind: str) -> bool:
     name = next((key for key in ("pretokenizers", "decoders") if step is not None and key in step), "")
-    return any(each["type"] == kind for each in _steps(step, name))
+    return any(each["type"] == kind for each in flat_steps(step, name))
 
 
 def _normaliser(step: Step | None) -> bytes:
@@ -83,7 +70,7 @@ def _normaliser(step: Step | None) -> bytes:
     if kind == "Prepend":
         return struct.pack("<B", 2) + _text(step["prepend"])
     if kind == "Replace" and "Regex" not in step["pattern"]:
-        return struct.pack("<B", 3) + _text(_pattern(step)) + _text(step["content"])
+        return struct.pack("<B", 3) + _text(pattern(step)) + _text(step["content"])
     if kind == "Sequence":
         inner = step["normalizers"]
         return struct.pack("<BI", 4, len(inner)) + b"".join(_normaliser(each) for each in inner)
@@ -108,13 +95,13 @@ def _splitter(step: Step | None) -> bytes:
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
         return struct.pack("<BB", 1, bool(step.get("use_regex", True)))
     if kind == "Digits":  # MNN's own step of that name knows decimal digits alone, this one halves and Roman ones too
-        pattern = NUMBER if step.get("individual_digits", False) else NUMBER + "+"
-        return struct.pack("<B", 4) + _text(pattern) + struct.pack("<BB", 0, BEHAVIOURS["Isolated"])
+        digits = NUMBER if step.get("individual_digits", False) else NUMBER + "+"
+        return struct.pack("<B", 4) + _text(digits) + struct.pack("<BB", 0, BEHAVIOURS["Isolated"])
     if kind == "Metaspace":
         return struct.pack("<B", 3) + _text(step["replacement"]) + struct.pack("<B", _prepends(step))
     if kind == "Split" and step["behavior"] in BEHAVIOURS:
         settings = struct.pack("<BB", bool(step.get("invert", False)), BEHAVIOURS[step["behavior"]])
-        return struct.pack("<B", 4) + _text(_pattern(step)) + settings
+        return struct.pack("<B", 4) + _text(pattern(step)) + settings
     if kind == "Sequence":
         inner = step["pretokenizers"]
         return struct.pack("<BI", 6, len(inner)) + b"".join(_splitter(each) for each in inner)
@@ -131,7 +118,7 @@ def _model(model: Step, *, byte_level: bool) -> bytes:
     kind = model.get("type") or ("Unigram" if isinstance(model["vocab"], list) else "BPE")
     fallback = bool(model.get("byte_fallback", False))
     if kind == "BPE":
-        return _bpe(model["vocab"], model["merges"], fallback, byte_level)
+        return _bpe(model["vocab"], merge_pairs(model), fallback, byte_level)
     if kind == "Unigram":
         pieces = sorted((piece.encode(), number, score) for number, (piece, score) in enumerate(model["vocab"]))
         head = struct.pack("<BIIB", 2, len(pieces), model.get("unk_id") or 0, fallback)
@@ -139,11 +126,10 @@ def _model(model: Step, *, byte_level: bool) -> bytes:
     raise errors.mnn_tokenizer_unsupported("model", str(kind))
 
 
-def _bpe(vocab: Mapping[str, int], merges: Sequence[Any], fallback: bool, byte_level: bool) -> bytes:
+def _bpe(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], fallback: bool, byte_level: bool) -> bytes:
     """Tokens by their bytes, and merges by the ids of their halves: MNN searches both by halving."""
     tokens = sorted(vocab.items(), key=lambda item: item[0].encode("utf-8", "surrogatepass"))
-    pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in merges]
-    ranked = sorted((vocab[left], vocab[right], rank) for rank, (left, right) in enumerate(pairs))
+    ranked = sorted((vocab[left], vocab[right], rank) for rank, (left, right) in enumerate(merges))
     parts = [struct.pack("<BIBBI", 0, len(tokens), fallback, byte_level, len(ranked))]
     parts += [_text(token) + struct.pack("<I", number) for token, number in tokens]
     parts += [struct.pack("<III", *merge) for merge in ranked]
@@ -159,7 +145,7 @@ def _decoder(step: Step | None) -> bytes:
     if kind == "Metaspace":
         return struct.pack("<B", 2) + _text(step["replacement"]) + struct.pack("<B", _prepends(step))
     if kind == "Replace" and "Regex" not in step["pattern"]:
-        return struct.pack("<B", 5) + _text(_pattern(step)) + _text(step["content"])
+        return struct.pack("<B", 5) + _text(pattern(step)) + _text(step["content"])
     if kind == "Strip":
         return struct.pack("<B", 6) + _text(step["content"]) + struct.pack("<II", step["start"], step["stop"])
     if kind == "Sequence":

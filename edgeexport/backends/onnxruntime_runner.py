@@ -36,7 +36,8 @@ class OnnxDecoder:
         self._binding = self._session.io_binding()
         self._position = np.zeros(1, np.int64)
         self._logits = np.zeros((1, 1, self.vocab), np.float32)
-        self._caches = [np.zeros(shapes[past], np.float32) for past, _ in state]
+        half = {value.name for value in values if value.type == "tensor(float16)"}
+        self._caches = [np.zeros(shapes[past], np.float16 if past in half else np.float32) for past, _ in state]
         self._held = [
             ort.OrtValue.ortvalue_from_numpy(array) for array in (self._position, self._logits, *self._caches)
         ]
@@ -122,7 +123,7 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
-    graph = folder / _graph_file(component, "")
+    graph = folder / signature_file(component, "")
     state = tuple((pair[0], pair[1]) for pair in component.state)
     return OnnxDecoder(_exact(graph) if exact else graph, state, threads=threads, folder=folder)
 
@@ -134,11 +135,11 @@ def open_graph(
 
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
-    graph = folder / _graph_file(component, variant)
+    graph = folder / signature_file(component, variant)
     return OnnxGraph(_exact(graph) if exact else graph, threads=threads, folder=folder)
 
 
-def _graph_file(component: Any, variant: str) -> str:
+def signature_file(component: Any, variant: str) -> str:
     """The file of a component's signature. Raises: BundleError `bundle-no-variant`."""
     files = {signature.name: str(signature.file) for signature in component.signatures}
     if (variant or STEP) not in files:
@@ -167,13 +168,18 @@ def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str,
 
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
+    return signature_of(folder / signature_file(component, variant), folder)
+
+
+def signature_of(graph: Path, folder: Path) -> dict[str, TensorSpec]:
+    """Inputs and outputs of a graph's file. Raises: BundleError `artifact-does-not-open`."""
     import onnxruntime as ort
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
-    session = _open_session(folder / _graph_file(component, variant), options, folder)
+    session = _open_session(graph, options, folder)
     found = {}
     for value in (*session.get_inputs(), *session.get_outputs()):
         element = value.type.removeprefix("tensor(").removesuffix(")")
@@ -187,6 +193,8 @@ def _options(model: Path | bytes, threads: int | None, folder: Path) -> Any:
 
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Weights that a graph dequantises itself are multiplied as it says, not by kernels that round activations too.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
     if threads:
         options.intra_op_num_threads = threads
     if isinstance(model, bytes):

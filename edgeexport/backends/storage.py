@@ -34,6 +34,8 @@ class Layout:
     size: int = 0
     signed: bool = False
     weights: dict[str, StoredWeight] = field(default_factory=dict)
+    turned: dict[str, Array] = field(default_factory=dict)
+    """Integer weights some of whose rows are stored with the other sign, as their scales are: bool [rows]."""
     constants: dict[str, tuple[int, Array]] = field(default_factory=dict)
 
     def add(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]], fmt: Format) -> tuple[int, int]:
@@ -118,15 +120,17 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     fmt, (_, width) = weight.format, _matrix(weight.shape)
     size, count = row_bytes(width, fmt), stop - start
     path = folder / weight.file
-    raw = _read(path, weight.offset + start * size, count * size)
+    if _scattered(weight):  # small, and read whole
+        whole = _read(path, weight.offset, weight.shape[0] * size)
+        dtype = {32: np.float32, 16: np.float16, 8: np.int8}[fmt.bits]
+        held = whole.view(dtype).reshape([weight.shape[axis] for axis in weight.order])
+        raw = np.ascontiguousarray(held.transpose(np.argsort(weight.order))[start:stop]).reshape(-1).view(np.uint8)
+    else:
+        raw = _read(path, weight.offset + start * size, count * size)
     if not fmt.integer:
         dtype = np.float32 if fmt.bits == 32 else np.float16
-        rows = raw.view(dtype).astype(np.float32)
-        if weight.order:
-            held = rows.reshape(count, *(weight.shape[axis] for axis in weight.order[1:]))
-            rows = held.transpose(np.argsort(weight.order))
-        return rows.reshape(count, width)
-    values = _unpack(raw.reshape(count, size), weight).astype(np.float32)
+        return _in_order(raw.view(dtype).astype(np.float32), weight, count).reshape(count, width)
+    values = _in_order(_unpack(raw.reshape(count, size), weight).astype(np.float32), weight, count)
     per_row = blocks(width, fmt)
     each = weight.scale_bits // 8
     scales = _read(path, weight.scales_offset + each * start * per_row, each * count * per_row)
@@ -136,6 +140,19 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     scaled = values.reshape(count, per_row, -1)
     np.multiply(scaled, scales.reshape(count, per_row, 1).astype(np.float32), out=scaled)
     return scaled.reshape(count, width)
+
+
+def _scattered(weight: StoredWeight) -> bool:
+    """Whether a row's elements lie apart, between those of others."""
+    return bool(weight.order) and weight.order[0] != 0
+
+
+def _in_order(rows: Array, weight: StoredWeight, count: int) -> Array:
+    """Rows as the file holds them, with the axes of their shape."""
+    if not weight.order or _scattered(weight):
+        return rows
+    held = rows.reshape(count, *(weight.shape[axis] for axis in weight.order[1:]))
+    return np.ascontiguousarray(held.transpose(np.argsort(weight.order)))
 
 
 def _coloured(path: Path, weight: StoredWeight, values: Array, start: int) -> Array:
@@ -163,6 +180,8 @@ def _blocks(weights: Mapping[str, StoredWeight]) -> Iterator[_Block]:
         step = max(1, BLOCK_ELEMENTS // max(1, width))
         if weight.format.palette:
             step = max(1, step // PALETTE) * PALETTE
+        if _scattered(weight):
+            step = rows
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             yield _Block(name, start, stop, (stop - start) * width)
@@ -177,6 +196,13 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
         if fmt.palette:
             scales, palettes = scales.T
             _write_all(descriptor, palettes, weight.palettes_offset + 2 * job.start)
+        else:  # a row's one scale, for each of the blocks that a runtime reads it in
+            scales = np.repeat(scales, blocks(width, fmt) // scales.shape[1], axis=1)
+        if job.name in layout.turned:
+            sign = np.where(layout.turned[job.name][job.start : job.stop], -1, 1)[:, None]
+            values, scales = (values * sign).astype(np.int8), (scales * sign).astype(scales.dtype)
+        if weight.order:
+            values = np.ascontiguousarray(values.reshape(-1, *weight.shape[1:]).transpose(weight.order))
         data = _pack(values, weight)
         at = weight.scales_offset + weight.scale_bits // 8 * job.start * blocks(width, fmt)
         _write_all(descriptor, scales.astype(_scale_dtype(weight), copy=False), at)

@@ -25,6 +25,7 @@ from edgeexport.core import (
     OracleModel,
     Progress,
     QuantPlan,
+    StandIn,
     TensorRef,
     TensorSpec,
 )
@@ -110,6 +111,7 @@ class Subject:
     answer_tokens: int
     overrides: Mapping[str, Any]
     probe: Probe | None = None
+    stand_in: StandIn | None = None
 
     @property
     def decoder(self) -> Part:

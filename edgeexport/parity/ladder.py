@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,12 +11,14 @@ import numpy as np
 
 from edgeexport import errors
 from edgeexport.bundle.golden import kl_divergence
-from edgeexport.core import LEVELS, Array, Dim, ParityResult, TensorRef, TensorSpec, Verdict
+from edgeexport.core import LEVELS, Array, Dim, ParityResult, StandIn, TensorRef, TensorSpec, Verdict
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins, max_abs, rms, snr_db
 from edgeexport.parity.evidence import DECODE_STEPS, DECODER, Evidence, Outcome, Part, Script, Subject, Watch
 from edgeexport.quant.stats import WeightStats, compare_rows
 
+RUN = ("L4", "L5")
+"""The levels that run the artifacts."""
 ROW_BLOCK = 1 << 20
 """Elements of a weight compared at a time."""
 
@@ -56,7 +58,19 @@ def climb(subject: Subject, level: str, watch: Watch) -> Climb:
             state.results += [_not_run(part, rung, "a level below failed") for part in subject.parts]
         else:
             climb_rung(evidence, state)
+    if subject.stand_in is not None:
+        _mark(state, subject.stand_in, subject.parts)
     return state
+
+
+def _mark(state: Climb, stand_in: StandIn, parts: Iterable[str]) -> None:
+    """Say of the rows of the levels that run artifacts what ran in their place, and that these did not."""
+    ran = {row.level for row in state.results if row.level in RUN and row.verdict is not Verdict.NOT_RUN}
+    for k, row in enumerate(state.results):
+        if row.level in ran and row.verdict is not Verdict.NOT_RUN:
+            note = f"{stand_in.runs}; {row.note}" if row.note else stand_in.runs
+            state.results[k] = replace(row, note=note, stand_in=True)
+    state.results += [_not_run(part, level, stand_in.why) for level in sorted(ran) for part in parts]
 
 
 def _opens(evidence: Evidence, state: Climb) -> None:
@@ -68,7 +82,9 @@ def _opens(evidence: Evidence, state: Climb) -> None:
             wrong = sorted(found.keys() ^ promised.keys())
             wrong += [name for name in found.keys() & promised.keys() if not _fits(found[name], promised[name])]
             metrics = {"names": len(found), "differing": len(wrong), "nodes": len(model.graph.graph)}
-            note = f"differing: {', '.join(wrong[:3])}" if wrong else "dialect verified; the runtime opens it"
+            stand_in = evidence.subject.stand_in
+            opens = stand_in.opens if stand_in is not None else "the runtime opens it"
+            note = f"differing: {', '.join(wrong[:3])}" if wrong else f"dialect verified; {opens}"
             title = f"signatures {model.variant}".rstrip()
             state.results.append(_row(name, "L1", title, metrics, {"differing": 0}, not wrong, note))
 
@@ -160,6 +176,7 @@ def _lowering(evidence: Evidence, state: Climb) -> None:
         state.results.append(_features_row(name, "L4", f"features{how}", graph, exact, "max_abs", features, why))
         if _kind(subject.parts[name]) != "float":
             limit = gates.SHIPPED_FEATURES[_kind(subject.parts[name])]
+            limit = gates.gate(subject.overrides, "L4", "shipped_features", limit)
             state.results.append(_features_row(name, "L4", "features, as shipped", graph, shipped, "rms", limit))
     limit = gates.gate(subject.overrides, "L4", "max_abs", gates.EXACT_MAX_ABS)
     change = 0.0

@@ -71,6 +71,7 @@ def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
                 "gate": result.gate,
                 "verdict": result.verdict,
                 "note": result.note,
+                **({"stand_in": True} if result.stand_in else {}),
             }
             for result in results
         ],
@@ -94,6 +95,7 @@ def read_results(document: Mapping[str, Any]) -> list[ParityResult]:
             numbers(row["gate"]),
             Verdict(row["verdict"]),
             row["note"],
+            row.get("stand_in", False),
         )
         for row in document["results"]
     ]
@@ -141,7 +143,9 @@ def _headline(results: Sequence[ParityResult], verdict: Verdict) -> str:
         Verdict.PASS: "The artifact computes what the checkpoint computes, as far as it was compared",
         Verdict.FAIL: "The artifact does not compute what the checkpoint computes",
         Verdict.AMBIGUOUS: "Nothing could be decided: every comparison was too close to call",
-        Verdict.NOT_RUN: "Nothing was compared",
+        Verdict.NOT_RUN: "The artifact was not run on this machine"
+        if any(result.stand_in for result in results)
+        else "Nothing was compared",
     }[verdict]
     return f"{claim}: {listed}."
 

@@ -31,6 +31,11 @@ def _in_groups(fmt: Format, shape: tuple[int, ...]) -> Format:
     return fmt if whole or not fmt.palette else INT8_CHANNEL
 
 
+def _format_of(fmt: Format, kind: TensorClass, shape: tuple[int, ...]) -> Format:
+    """What a tensor of this class and shape really gets. No kernel reads a convolution's rows in blocks."""
+    return fmt if kind == "convolution" else resolve(_in_groups(fmt, shape), shape[-1] if shape else 1)
+
+
 def plan(
     shapes: Mapping[str, tuple[int, ...]],
     classes: Mapping[str, TensorClass],
@@ -41,10 +46,7 @@ def plan(
     """The plan for tensors of these shapes and classes (same keys), with `positive` scales where the runtime wants
     them. Raises `unknown-scheme`."""
     preset = find(scheme) if isinstance(scheme, str) else scheme
-    formats = {
-        name: resolve(_in_groups(preset.formats[classes[name]], shape), shape[-1] if shape else 1)
-        for name, shape in shapes.items()
-    }
+    formats = {name: _format_of(preset.formats[classes[name]], classes[name], shape) for name, shape in shapes.items()}
     if positive:
         formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in formats.items()}
     return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats)

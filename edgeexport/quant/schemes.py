@@ -111,6 +111,15 @@ OWN_SCHEMES: Mapping[str, Scheme] = {
             INT8_CHANNEL,
             INT8_CHANNEL,
         ),
+        Scheme(
+            "int8-static",
+            "8-bit integers, and in encoders activations too, calibrated on samples: for NNAPI",
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+        ),
     )
 }
 """Presets that only those backends take which name them in their SCHEMES."""

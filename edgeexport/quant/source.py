@@ -3,26 +3,46 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from edgeexport.checkpoint.weights import WeightReader
 from edgeexport.core import PALETTE, Array, QuantPlan, TensorRef
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import Scratch, cast_rows, dequantize_rows, quantize_rows
 
+Samples = Callable[[str], Iterable[Mapping[str, Array]]]
+"""A variant's inputs to calibrate by."""
+
+
+def no_samples(variant: str) -> Iterable[Mapping[str, Array]]:
+    """The `Samples` of those who calibrate nothing."""
+    return ()
+
 
 class PlannedWeights:
     """A `core.WeightSource` over a checkpoint. Safe to share between threads, each of which gets a scratch of its own,
     and to pickle: the copy opens the files anew."""
 
-    def __init__(self, reader: WeightReader, weights: Mapping[str, TensorRef], plan: QuantPlan) -> None:
+    def __init__(
+        self,
+        reader: WeightReader,
+        weights: Mapping[str, TensorRef],
+        plan: QuantPlan,
+        samples: Samples = no_samples,
+    ) -> None:
         self._reader = reader
         self._weights = weights
         self._plan = plan
+        self._samples = samples
         self._local = threading.local()
 
-    def __reduce__(self) -> tuple[type[PlannedWeights], tuple[WeightReader, Mapping[str, TensorRef], QuantPlan]]:
-        return PlannedWeights, (self._reader, self._weights, self._plan)
+    def __reduce__(self) -> tuple[type[PlannedWeights], tuple[Any, ...]]:
+        return PlannedWeights, (self._reader, self._weights, self._plan, self._samples)
+
+    def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
+        """What the user gave to calibrate this variant by."""
+        return self._samples(variant)
 
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows (of a vector: elements) in the tensor's float format. Raises `nonfinite-weight`, `weight-too-large`."""
@@ -30,8 +50,10 @@ class PlannedWeights:
         return cast_rows(rows, self._plan.formats[name], name=name, first_row=start)
 
     def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """int8 values and float16 scales of rows of an integer format. Raises as `float_rows`."""
+        """int8 values and float16 scales of rows of an integer format, those of a convolution [rows, elements of one].
+        Raises as `float_rows`."""
         rows = self._reader.rows(self._weights[name], start, stop)
+        rows = rows.reshape(stop - start, -1)
         return quantize_rows(rows, self._plan.formats[name], name=name, first_row=start, scratch=self._scratch())
 
     def stored_rows(self, name: str, start: int, stop: int) -> Array:
@@ -41,7 +63,8 @@ class PlannedWeights:
             first, last = start // PALETTE * PALETTE, -(-stop // PALETTE) * PALETTE
             return dequantize_rows(*self.quantized_rows(name, first, last), fmt)[start - first : stop - first]
         if fmt.integer:
-            return dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
+            rows = dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
+            return rows.reshape(-1, *self._weights[name].shape[1:])
         return self.float_rows(name, start, stop).astype("float32", copy=False)
 
     def compare(self, name: str, start: int, stop: int, stored: Array) -> WeightStats:

@@ -164,8 +164,14 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "duplicate_plugin": {"kind": "backend", "name": "onnxruntime", "value": "other_package.backend"},
     "unknown_backend": {"name": "onnx", "known": ["onnxruntime"]},
     "ort_file_too_large": {"path": Path("decoder.ort"), "size": 3221225472, "limit": 2147483648},
+    "tokenizer_without_table": {"part": "normalizer", "kind": "NFKC"},
+    "chat_template_without_table": {"problem": "that writes today's date"},
     "mnn_tokenizer_unsupported": {"part": "normalizer", "kind": "Precompiled"},
+    "engine_not_built": {"component": "decoder", "said": "Error Code 2: Internal Error"},
+    "engine_not_run": {"component": "decoder", "sm": "80 86 89 120"},
+    "engine_to_build": {"component": "decoder", "builder": "engine_builder.pyz"},
     "mnn_conversion_failed": {"component": "decoder", "said": "Can't convert Op: Attention"},
+    "mnn_takes_no_embeddings": {"why": "this is arm64 with Darwin"},
     "artifact_truncated": {"path": Path("decoder.onnx.data"), "needed": 4096},
     "artifact_does_not_open": {
         "path": "dist/m/decoder.onnx",
@@ -213,6 +219,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "not_a_wav": {"where": "talk.mp3", "problem": "it does not start with RIFF"},
     "damaged_wav": {"where": "talk.wav", "problem": "chunk 'data' claims 32000 bytes, 100 are left"},
     "bad_sound": {"where": "talk.wav", "problem": "it has no samples"},
+    "samples_unusable": {
+        "folder": Path("samples"),
+        "why": "it holds no picture (.png, .jpg, .webp, .bmp) and no .wav file",
+    },
+    "samples_missing": {"component": "vision", "variant": "28x16"},
     "sound_too_long": {"where": "talk.wav", "seconds": 3600.0, "limit": 600.0},
     "bad_sample_rate": {"where": "talk.wav", "rate": 100, "low": 4000, "high": 384000},
     # components besides the decoder

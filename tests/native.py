@@ -1,0 +1,65 @@
+"""android_runtime compiled for tests, and its parts that work without an engine asked through a tool."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CPP = ROOT / "android_runtime" / "cpp"
+SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other worker works in this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def programs(variant: str, targets: Sequence[str]) -> Path:
+    """The folder of the compiled loader's programs. It lies in build/, where nothing is compiled twice."""
+    for tool, package in (("cmake", "cmake"), ("g++", "g++")):
+        if shutil.which(tool) is None:
+            pytest.skip(f"no {tool}: apt-get install {package}")
+    folder = ROOT / "build" / "android" / variant
+    with alone(folder):
+        run(["cmake", "-S", CPP, "-B", folder, f"-DEDGEEXPORT_SANITIZE={SANITIZERS.get(variant, '')}"])
+        run(["cmake", "--build", folder, "-j", "2", "--target", *targets])
+    return folder
+
+
+def run(command: Sequence[Any]) -> str:
+    """What a program prints. It must succeed."""
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout
+
+
+class Parts:
+    """The tool, under sanitizers, and a folder for the files that it is given and gives."""
+
+    def __init__(self, folder: Path) -> None:
+        self.program, self.folder = programs("asan", ["parts-tool"]) / "parts-tool", folder
+
+    def ask(self, requests: Iterable[dict[str, Any]]) -> list[Any]:
+        """One answer for each request, all of them in one process."""
+        lines = "".join(json.dumps(request) + "\n" for request in requests)
+        done = subprocess.run([self.program], input=lines.encode(), capture_output=True, check=False)
+        assert done.returncode == 0, done.stderr.decode()[-4000:]
+        return [json.loads(line) for line in done.stdout.splitlines()]
+
+    def file(self, name: str, data: bytes) -> str:
+        path = self.folder / name
+        path.write_bytes(data)
+        return str(path)

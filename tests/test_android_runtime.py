@@ -1,0 +1,248 @@
+"""The native loader against Python's session: the same tokens from the same bundles, and the same refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import rehash, write_bundle
+from native import CPP, SANITIZERS, alone, programs, run
+
+from edgeexport import build, errors, open_bundle
+from edgeexport.bundle import device_report
+from edgeexport.core import Verdict
+from edgeexport.parity.examples import TEXTS
+from edgeexport.session.audio import Sound
+from edgeexport.session.generate import generate
+from edgeexport.session.image_file import Image
+
+TARGETS = ("android-ort", "android-tflite")
+TOKENS = 16
+CODES_OF_DEVICES = {
+    *("backend-not-built", "bad-argument", "bad-policy", "bad-text", "out-of-memory", "runtime-failed"),
+    *("runtime-missing", "runtime-too-old", "session-busy"),
+}
+
+
+def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str) -> Path:
+    """A bundle, made by the first worker of this run that needs it."""
+    own = factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android"
+    found = folder / f"{model}-{target}"
+    with alone(folder):
+        if not found.exists():
+            build(model, target, folder, quant=scheme, context=512, parity="L4")
+    return found
+
+
+def libraries() -> dict[str, Path]:
+    """The runtimes' shared libraries, out of their wheels."""
+    import ai_edge_litert
+    import onnxruntime
+
+    (ort,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    return {"onnxruntime": ort, "litert": Path(next(iter(ai_edge_litert.__path__))) / "libLiteRt.so"}
+
+
+@pytest.fixture(scope="session")
+def plain() -> Path:
+    return programs("plain", ["all"])
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where LiteRT's packed weights are kept."""
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return built(tmp_path_factory, "smollm2-135m", request.param, "int4-b32")
+
+
+@pytest.fixture(scope="session", params=TARGETS)
+def mini(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that sees and hears."""
+    return built(tmp_path_factory, "autoglm-phone-mini", request.param, "int8")
+
+
+def answers(plain: Path, bundle: Path, packed: Path, prompts: Sequence[Sequence[int]], *more: Any) -> dict[str, Any]:
+    """What edgeexport-run says of these prompts."""
+    places = [part for name, path in libraries().items() for part in (f"--{name}", path)]
+    tokens = [part for prompt in prompts for part in ("--tokens", ",".join(map(str, prompt)))]
+    command = [plain / "edgeexport-run", bundle, *places, "--cache", packed, "--threads", 2]
+    found: dict[str, Any] = json.loads(run([*command, "--max-tokens", TOKENS, *tokens, *more]))
+    return found
+
+
+@pytest.mark.real
+def test_it_gives_the_same_tokens_as_python(plain: Path, bundle: Path, packed: Path) -> None:
+    opened = open_bundle(bundle)
+    tokenizer = opened.tokenizer()
+    texts = [*TEXTS, *(" ".join([text] * (1 + 2 * i)) for i, text in enumerate(TEXTS))]
+    prompts = [tokenizer.encode(text) for text in texts]
+    assert len(prompts) == 20 and max(map(len, prompts)) > 256  # longer than the longest signature
+    found = answers(plain, bundle, packed, prompts, "--check", "--verify")
+    with opened.session(threads=2) as session:
+        for prompt, answer in zip(prompts, found["answers"], strict=True):
+            session.reset()
+            wanted = generate(session, prompt, max_tokens=TOKENS, stop_ids=opened.stop_ids)
+            assert answer["tokens"] == list(wanted)
+    assert found["check"]["max_abs"] == 0  # the same runtime on the same machine
+    whole, runtime = (sum(each[f"{name}_seconds"] for each in found["answers"]) for name in ("decode", "runtime"))
+    print(f"{bundle.name}: {100 * (whole - runtime) / whole:.2f}% of a token outside the runtime")
+    assert whole - runtime <= 0.01 * whole
+
+
+@pytest.mark.real
+def test_it_sees_and_hears_as_python_does(plain: Path, mini: Path, packed: Path, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    pixels = random.integers(0, 256, (90, 160, 3), np.uint8)
+    samples = random.normal(0, 0.1, 16000).astype(np.float32)
+    (tmp_path / "picture").write_bytes(pixels.tobytes())
+    (tmp_path / "sound").write_bytes(samples.tobytes())
+    shown = ["--picture", tmp_path / "picture", 90, 160, "--sound", tmp_path / "sound", 16000]
+    opened = open_bundle(mini)
+    prompt = opened.tokenizer().encode("Describe what you see or hear, in a few words.")
+    with opened.session(threads=2) as session:
+        features = [session.encode_image(Image(pixels)), session.encode_audio(Sound(samples, 16000))]
+        for given, arguments in (([], []), (features, shown)):
+            session.reset()
+            wanted = list(generate(session, prompt, features=given, max_tokens=TOKENS, stop_ids=opened.stop_ids))
+            assert answers(plain, mini, packed, [prompt], *arguments)["answers"][0]["tokens"] == wanted
+
+
+@pytest.mark.real
+def test_a_token_allocates_nothing(plain: Path, bundle: Path, packed: Path) -> None:
+    print(run([plain / "test-allocations", bundle, *libraries().values(), packed]))
+
+
+@pytest.mark.real
+def test_a_token_with_an_embedding_apart_allocates_nothing(plain: Path, mini: Path, packed: Path) -> None:
+    print(run([plain / "test-allocations", mini, *libraries().values(), packed]))
+
+
+@pytest.mark.real
+def test_threads_and_misuse_with_the_real_runtime(plain: Path, bundle: Path, packed: Path) -> None:
+    for more in ([], ["memory"]):
+        run([plain / "test-real_session", bundle, *libraries().values(), packed, *more])
+
+
+@pytest.mark.real
+def test_it_answers_through_its_c_interface(plain: Path, bundle: Path, packed: Path) -> None:
+    prompt = [504, 3575, 282, 4649, 314]
+    found = run([plain / "test-c", bundle, *libraries().values(), packed, *prompt])
+    with open_bundle(bundle).session(threads=2) as session:
+        wanted = list(generate(session, prompt, max_tokens=8))
+    assert [int(token) for token in found.split()] == wanted
+
+
+@pytest.mark.real
+def test_its_report_is_one_that_python_reads(plain: Path, bundle: Path, packed: Path, tmp_path: Path) -> None:
+    places = [part for name, path in libraries().items() for part in (f"--{name}", path)]
+    report = tmp_path / "report.json"
+    report.write_text(run([plain / "edgeexport-run", bundle, *places, "--cache", packed, "--report"]))
+    rows = device_report.judge(device_report.read(report), open_bundle(bundle), report)
+    assert [row.level for row in rows] == ["L1", "L4", "L5"]
+    assert {row.verdict for row in rows} == {Verdict.PASS}
+    assert rows[1].metrics["max_abs"] == 0
+
+
+@pytest.mark.real
+def test_a_failure_is_in_the_report(plain: Path, bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    missing = ["--onnxruntime", "nowhere.so", "--litert", "nowhere.so"]
+    report.write_text(run([plain / "edgeexport-run", bundle, *missing, "--report"]))
+    (row,) = device_report.judge(device_report.read(report), open_bundle(bundle), report)
+    assert row.verdict is Verdict.FAIL and "[runtime-missing]" in row.note
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("variant", SANITIZERS)
+def test_sanitizers_find_nothing(variant: str) -> None:
+    folder = programs(variant, ["test-readers", "test-session", "test-c"])
+    print(run([folder / "test-session"]))
+    print(run([folder / "test-readers"]))
+    run([folder / "test-c"])
+
+
+def changed_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest)
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def moved(manifest: dict[str, Any], path: str) -> None:
+    manifest["files"][path] = manifest["files"].pop("golden/text.safetensors")
+
+
+def linked(folder: Path) -> None:
+    (folder / "decoder.bin").rename(folder / "elsewhere")
+    (folder / "decoder.bin").symlink_to("elsewhere")
+
+
+def one_bit(folder: Path) -> None:
+    data = bytearray((folder / "decoder.bin").read_bytes())
+    data[7] ^= 1
+    (folder / "decoder.bin").write_bytes(data)
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "nothing": ("bundle-no-variant", lambda folder: None),
+    "no manifest": ("bundle-not-found", lambda folder: (folder / "manifest.json").unlink()),
+    "newer": ("bundle-too-new", changed_manifest(lambda found: found.update(schema="edgeexport.bundle/2"))),
+    "cut manifest": ("bundle-bad-manifest", lambda folder: os.truncate(folder / "manifest.json", 300)),
+    "no JSON": ("bundle-bad-manifest", lambda folder: (folder / "manifest.json").write_text("{'a': 1}")),
+    "outside": ("bundle-bad-manifest", changed_manifest(lambda found: moved(found, "../../etc/passwd"))),
+    "absolute": ("bundle-bad-manifest", changed_manifest(lambda found: moved(found, "/etc/passwd"))),
+    "digest": ("bundle-file-changed", lambda folder: (folder / "manifest.json.sha256").write_text("0" * 64 + "\n")),
+    "cut file": ("bundle-file-changed", lambda folder: os.truncate(folder / "decoder.bin", 20)),
+    "one bit": ("bundle-file-changed", one_bit),
+    "gone": ("bundle-file-missing", lambda folder: (folder / "decoder.bin").unlink()),
+    "link": ("bundle-unsafe-path", linked),
+}
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_bad_bundle_is_refused_with_its_code(damage: str, plain: Path, tmp_path: Path) -> None:
+    code, change = DAMAGES[damage]
+    folder = write_bundle(tmp_path / "bundle")
+    change(folder)
+    done = subprocess.run([plain / "edgeexport-run", folder, "--verify"], capture_output=True, text=True)
+    assert done.returncode == 8
+    assert done.stderr.startswith(f"error[{code}]: ")
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("keep", [0.001, 0.5, 0.999])
+def test_a_cut_artifact_is_refused_though_its_hash_fits(keep: float, plain: Path, bundle: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bundle, tmp_path / "bundle")
+    artifact = next(path for path in folder.iterdir() if path.suffix in {".tflite", ".onnx"})
+    os.truncate(artifact, int(keep * artifact.stat().st_size))
+    rehash(folder)
+    places = [part for name, path in libraries().items() for part in (f"--{name}", str(path))]
+    done = subprocess.run([plain / "edgeexport-run", folder, *places, "--verify"], capture_output=True, text=True)
+    assert done.returncode == 8
+    assert "error[artifact-does-not-open]: " in done.stderr
+
+
+def test_its_codes_are_pythons() -> None:
+    texts = [path.read_text() for path in (CPP / "src").glob("*errors.h")]
+    codes = {code for text in texts for code in re.findall(r'return \{\s*"([a-z0-9-]+)"', text)}
+    known = set(re.findall(r'^\s+"([a-z0-9-]+)",$', Path(errors.__file__).read_text(), re.MULTILINE))
+    assert len(codes) > 20
+    assert codes - known == CODES_OF_DEVICES
+    readme = (CPP.parent / "README.md").read_text()
+    assert [code for code in sorted(CODES_OF_DEVICES) if f"`{code}`" not in readme] == []

@@ -1,0 +1,340 @@
+"""TensorRT: what the graphs compute in ONNX Runtime, in both dialects, and that engines are built of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cases.ops import OPS, OpCase
+from graphs import (
+    FAMILIES,
+    TOKENS,
+    Traced,
+    Zoo,
+    assert_computes,
+    assert_stores,
+    call_of,
+    host_target,
+    parsed,
+    positive,
+    stored_weights,
+    written,
+)
+from test_backend_ops import build, oracle
+
+from edgeexport import backends, errors
+from edgeexport.backends import tensorrt, tensorrt_engine, tensorrt_runner
+from edgeexport.backends.storage import Layout
+from edgeexport.backends.tensorrt_lowering import write
+from edgeexport.backends.tensorrt_plan import stem_of
+from edgeexport.bundle.artifacts import OpenArtifacts
+from edgeexport.checkpoint import WeightReader
+from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Signature, Target, no_progress
+from edgeexport.quant.source import PlannedWeights
+from edgeexport.session.inputs import Inputs
+
+DIALECTS = ("fused", "primitives")
+
+
+def target(**options: Any) -> Target:
+    """rtx-trt, in pieces as short as the tiny models' cache."""
+    return replace(host_target(), name="rtx-trt", precision="float16", options={"prefill": 32, **options})
+
+
+def graphs_of(models: list[CanonicalModel], plan: QuantPlan, folder: Path, dialect: str) -> Artifact:
+    """The ONNX files of a component alone, as an artifact whose signatures are in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with WeightReader() as reader:
+        source = PlannedWeights(reader, models[0].weights, plan)
+        fused = dialect == "fused"
+        layout: Layout = write(models, plan, source, folder, tensorrt.OPS, fused=fused, progress=no_progress)
+    files = [f"{stem_of(model)}.onnx" for model in models]
+    signatures = tuple(
+        Signature(model.variant or "step", model.inputs, model.outputs, file)
+        for model, file in zip(models, files, strict=True)
+    )
+    component = models[0].component
+    return Artifact(component, "tensorrt", (*files, layout.file), signatures, models[0].state, layout.weights, {})
+
+
+def artifacts_of(found: Traced, scheme: str, folder: Path, dialect: str) -> dict[str, Artifact]:
+    return {
+        component: graphs_of(found.variants(component), positive(found.plan(scheme, component)), folder, dialect)
+        for component in found.components()
+    }
+
+
+def opened(folder: Path, artifacts: dict[str, Artifact], *, exact: bool) -> OpenArtifacts:
+    """The graphs in ONNX Runtime."""
+
+    return OpenArtifacts(lambda component: (folder, artifacts[component]), 1, exact=exact)
+
+
+# what the graphs compute
+
+
+BUILT = [
+    *((name, "fp16", dialect) for name in FAMILIES for dialect in DIALECTS),
+    *((name, "int4-b32", "fused") for name in FAMILIES),
+    *(("llama", scheme, dialect) for scheme in ("int8", "int4-b128") for dialect in DIALECTS),
+]
+"""How a weight is stored has to do with no family and no dialect, so that not all are multiplied by all."""
+
+
+@pytest.mark.parametrize(("name", "scheme", "dialect"), BUILT)
+def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
+    name: str, scheme: str, dialect: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    found = zoo.traced(name)
+    weights = stored_weights(found, scheme, positive)
+    artifacts = artifacts_of(found, scheme, tmp_path, dialect)
+    assert_stores(tmp_path, artifacts, found, weights)
+    assert_computes(opened(tmp_path, artifacts, exact=True), found, weights)
+
+
+@pytest.mark.parametrize("name", ["llama", "glm4v"])
+def test_rounding_to_float16_moves_the_logits_by_little(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced(name)
+    given = {}
+    for dialect in DIALECTS:
+        artifacts = artifacts_of(found, "fp16", tmp_path / dialect, dialect)
+        shipped, exact = (opened(tmp_path / dialect, artifacts, exact=exact) for exact in (False, True))
+        given[dialect] = [answers(each, found) for each in (shipped, exact)]
+        noise = given[dialect][0] - given[dialect][1]
+        assert 0 < np.sqrt(np.mean(noise**2)) < 0.01 * np.sqrt(np.mean(given[dialect][1] ** 2))
+    fused, primitives = (given[dialect][1] for dialect in DIALECTS)
+    np.testing.assert_allclose(primitives, fused, atol=1e-5)
+    assert (given["fused"][0].argmax(-1) == given["primitives"][0].argmax(-1)).all()
+
+
+def answers(each: OpenArtifacts, found: Traced) -> Any:
+    """Logits [steps, V] of a text in a prompt, a second piece and single tokens."""
+    inputs = Inputs(found.contract, each.run) if found.contract else None
+    rows = []
+    for start, stop in ((0, 7), (7, 12), *((k, k + 1) for k in range(12, 32))):
+        call = call_of(inputs, TOKENS[start:stop], start)
+        rows.append(each.decoder.step(call.fed, call.position, call.rope).copy())
+    return np.stack(rows)
+
+
+REFUSED = ("int8-b", "int4-b16")
+"""Formats that TensorRT would unpack, or does not take."""
+
+
+def is_refused(case: OpCase) -> bool:
+    return any(weight.format.startswith(REFUSED) for weight in case.weights.values())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("case", [case for case in OPS if not is_refused(case)], ids=str)
+def test_every_op_computes_what_it_means(case: OpCase, dialect: str, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    assert tensorrt.check(model, target(), plan) == []
+    artifact = graphs_of([model], plan, tmp_path / "out", dialect)
+    graph = tensorrt_runner.open_graph(tmp_path / "out", artifact, threads=1, exact=True)
+    expected, got = oracle(case, model, plan), graph.run(case.inputs)
+    for name in case.outputs:
+        assert got[name].dtype == expected[name].dtype
+        np.testing.assert_allclose(got[name], expected[name], atol=max(case.tolerance, 1e-4), rtol=1e-5)
+
+
+def test_an_old_parser_gets_no_op_that_it_does_not_know(zoo: Zoo, tmp_path: Path) -> None:
+    import onnx
+
+    found = zoo.traced("autoglm_phone")
+    for scheme, opset in (("fp16", 17), ("int4-b32", 21)):
+        artifacts = artifacts_of(found, scheme, tmp_path / scheme, "primitives")
+        model = onnx.load(tmp_path / scheme / "decoder.onnx", load_external_data=False)
+        assert [each.version for each in model.opset_import] == [opset]
+        since = {
+            onnx.defs.get_schema(node.op_type, opset).name  # raises where that opset has no such op
+            for artifact in artifacts.values()
+            for node in onnx.load(tmp_path / scheme / artifact.files[0], load_external_data=False).graph.node
+        }
+        assert not since & {"Attention", "RMSNormalization", "RotaryEmbedding", "TensorScatter", "Gelu"}
+
+
+# what is refused
+
+
+@pytest.mark.parametrize("case", [case for case in OPS if is_refused(case)], ids=str)
+def test_formats_that_it_would_unpack_are_refused_before_a_weight_is_read(case: OpCase, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    (finding,) = tensorrt.check(model, target(), plan)
+    assert finding.code == "op-not-lowered"
+    assert "w" in finding.where and "--quant int4-b128" in finding.fix
+
+
+def test_attention_in_float32_and_one_scale_per_row_of_int4_are_refused(zoo: Zoo) -> None:
+    found = zoo.traced("llama")
+    (finding,) = tensorrt.check(found.model, replace(target(), precision="float32"), found.plan("fp16"))
+    assert "float16" in finding.fix
+    (finding,) = tensorrt.check(found.model, target(), found.plan("int4"))
+    assert "int4 needs one scale" in finding.why
+    assert "20 more" in finding.where
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [("softcap = 30.0", "softcap"), ("is_causal = 0", "masks and caches")],
+)
+def test_attention_that_it_has_not_is_refused(change: str, why: str, zoo: Zoo) -> None:
+    inputs = {name: np.zeros((1, 2, 3, 16), np.float32) for name in "qkv"}
+    mask = ", mask" if "masks" in why else ""
+    given = {**inputs, "mask": np.zeros((3, 3), np.float32)} if mask else inputs
+    graph = parsed(f"y = Attention <{change}> (q, k, v{mask})", given, ("y",), {})
+    model = replace(zoo.traced("llama").model, graph=graph, weights={})
+    (finding,) = tensorrt.check(model, target(), QuantPlan("none", {}, {}))
+    assert why in finding.why
+
+
+# engines
+
+
+def compiled(found: Traced, scheme: str, component: str, folder: Path, **options: Any) -> Artifact:
+    models = found.variants(component)
+    return written(
+        backends.load("tensorrt"), models, target(**options), positive(found.plan(scheme, component)), folder
+    )
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int4-b32"), ("glm4v", "int8"), ("autoglm_phone", "fp16")])
+def test_every_component_becomes_an_engine(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced(name)
+    for component in found.components():
+        artifact = compiled(found, scheme, component, tmp_path)
+        assert set(artifact.files) == {path.name for path in tmp_path.iterdir() if path.name.startswith(component)}
+        for model, signature in zip(found.variants(component), artifact.signatures, strict=True):
+            assert signature.file == f"{stem_of(model)}.engine"
+            seen = tensorrt_runner.read_signature(tmp_path, artifact, model.variant)
+            assert seen.keys() == {spec.name for spec in (*model.inputs, *model.outputs)}
+            caches = {value for pair in model.state for value in pair}
+            for spec, wanted in zip(
+                (*signature.inputs, *signature.outputs), (*model.inputs, *model.outputs), strict=True
+            ):
+                assert (spec.name, spec.shape) == (wanted.name, wanted.shape)
+                assert spec.dtype == ("float16" if spec.name in caches else wanted.dtype)
+    described = json.loads((tmp_path / "decoder.engine.json").read_bytes())
+    assert described["runtime"] == "tensorrt_rtx"
+    assert described["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
+    assert [tuple(pair) for pair in described["aliases"]] == list(found.model.state)
+
+
+def test_the_oldest_capability_has_a_file_of_its_own(zoo: Zoo, tmp_path: Path) -> None:
+    artifact = compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path, sm="75 89")
+    assert {name for name in artifact.files if name.endswith(".engine")} == {"decoder.engine", "decoder.sm75.engine"}
+    told = [json.loads((tmp_path / f"decoder{each}.engine.json").read_bytes()) for each in ("", ".sm75")]
+    assert [each["compute_capabilities"] for each in told] == [["8.9"], ["7.5"]]
+    for name in ("decoder.engine", "decoder.sm75.engine"):
+        tensorrt_runner.check_engine(tmp_path / name)
+
+
+def test_two_builds_differ_in_the_engine_alone(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    one, two = (compiled(found, "fp16", "decoder", tmp_path / each) for each in ("one", "another"))
+    assert one == two
+    same = {
+        name: (tmp_path / "one" / name).read_bytes() == (tmp_path / "another" / name).read_bytes() for name in one.files
+    }
+    assert {name for name, equal in same.items() if not equal} <= {"decoder.engine"}
+    assert not any(str(tmp_path).encode() in (tmp_path / "one" / name).read_bytes() for name in one.files)
+
+
+@pytest.mark.parametrize("damage", ["magic", "short", "other"])
+def test_a_damaged_engine_does_not_open(damage: str, zoo: Zoo, tmp_path: Path) -> None:
+    artifact = compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
+    file = tmp_path / "decoder.engine"
+    if damage == "magic":
+        file.write_bytes(b"vtrs" + file.read_bytes()[4:])
+    elif damage == "short":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        described = tmp_path / "decoder.engine.json"
+        described.write_text(described.read_text().replace('"past_key.0"', '"past_key.9"'))
+    with pytest.raises(errors.BundleError, match="artifact-does-not-open"):
+        tensorrt_runner.read_signature(tmp_path, artifact)
+
+
+def parsed_network(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
+    """(the API, the network as the parser leaves it, its build plan); what they hang on is kept with the plan."""
+    trt = tensorrt_engine.load(tensorrt.MODULE)
+    plan = json.loads((folder / "decoder.build_plan.json").read_bytes())["graphs"][0]
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)
+    assert parser.parse_from_file(str(folder / "decoder.onnx"))
+    return trt, network, {**plan, "kept": (logger, builder, parser)}
+
+
+def test_attention_as_the_parser_leaves_it_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    compiled(found, "fp16", "decoder", tmp_path)
+    trt, network, plan = parsed_network(tmp_path)
+    layers = found.checkpoint.config["num_hidden_layers"]
+    wrong = [*tensorrt_engine.lint(trt, network, plan)]
+    assert len(wrong) == layers
+    assert all("upper left" in each for each in wrong)
+    assert tensorrt_engine.repair(trt, network, plan["lengths"]) == layers
+    assert [*tensorrt_engine.lint(trt, network, plan)] == []
+    first = next(iter(tensorrt_engine._attentions(trt, network)))
+    assert first.causal_kind == trt.CausalMaskKind.LOWER_RIGHT
+    assert first.key_value_lengths.dtype == trt.DataType.INT32
+    first.causal_kind = trt.CausalMaskKind.NONE
+    (left,) = tensorrt_engine.lint(trt, network, plan)
+    assert "empty slots" in left
+
+
+def test_a_build_without_the_repair_ends_before_an_engine_is_written(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
+    trt, _, plan = parsed_network(tmp_path)
+    monkeypatch.setattr(tensorrt_engine, "repair", lambda *_: 0)
+    with pytest.raises(tensorrt_engine.EngineError, match="upper left"):
+        tensorrt_engine.build(trt, tmp_path / "decoder.onnx", tmp_path / "new.engine", plan, [89])
+    assert not (tmp_path / "new.engine").exists()
+
+
+def test_a_cache_that_is_cast_before_it_is_written_is_refused(zoo: Zoo, tmp_path: Path) -> None:
+    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
+    trt, network, plan = parsed_network(tmp_path)
+    tensorrt_engine.repair(trt, network, plan["lengths"])
+    wrong = [*tensorrt_engine.lint(trt, network, {**plan, "state": [["past_key.0/cast", "present_key.0"]]})]
+    assert any("no input whose update" in each for each in wrong)
+
+
+def test_what_tensorrt_says_is_what_the_user_reads(zoo: Zoo, tmp_path: Path) -> None:
+    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
+    (tmp_path / "decoder.onnx").write_bytes(b"no graph")
+    plan = json.loads((tmp_path / "decoder.build_plan.json").read_bytes())
+    with pytest.raises(errors.LoweringError, match="engine-not-built") as caught:
+        tensorrt.build_engines(plan, tmp_path, "decoder")
+    assert "parse" in caught.value.findings[0].why.lower()
+
+
+def test_without_tensorrt_check_works_and_compile_says_how_to_install_it(
+    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("edgeexport.backends.tools.version", version)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+    found = zoo.traced("llama")
+    assert tensorrt.check(found.model, target(), found.plan("fp16")) == []
+    with pytest.raises(errors.ToolError, match="missing-package") as caught:
+        compiled(found, "fp16", "decoder", tmp_path)
+    assert "pip install 'edgeexport[tensorrt]'" in caught.value.findings[0].fix
+
+
+@pytest.mark.parametrize("options", [{"sm": "87"}, {"sm": ""}, {"sm": "80 80"}, {"prefill": 0}])
+def test_an_option_out_of_its_range_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"sm is|prefill is"):
+        tensorrt.Options(**options)
