@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
+.PHONY: setup demo test lint golden android bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -39,6 +39,11 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The native loader against Python's session; under the sanitizers with the real runtimes too.
+android: setup
+	@for tool in g++ cmake; do command -v $$tool > /dev/null || { echo "no $$tool: apt-get install $$tool"; exit 7; }; done
+	$(BIN)/python -m pytest -q -s -n 0 tests/test_android_runtime.py tests/test_android_tokens.py tests/test_android_parts.py
 
 golden: setup
 	$(BIN)/python -m pytest -q tests/test_errors.py --update-golden

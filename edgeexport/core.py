@@ -279,7 +279,8 @@ class StoredWeight:
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
     the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file,
     where it is not the shape's: where that begins with the first axis, a row stays a row. `high_first`: of two int4
-    values in a byte, the first is in the high bits. The float16 palettes of a format that has them lie at `palettes_offset`."""
+    values in a byte, the first is in the high bits. The float16 palettes of a format that has them lie at
+    `palettes_offset`."""
 
     file: str
     offset: int
@@ -395,6 +396,25 @@ class WeightSource(Protocol):
     def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
         """Inputs like those to come, by name, for one variant of the component: what activations are calibrated by.
         None where the user gave none."""
+
+
+Package = Callable[["Target", "Artifact", Path, Mapping[str, bytes], Sequence[int], int, Path], Path | None]
+"""Writes the one file that a runtime's own engine wants beside a decoder: (target, artifact, its folder, the
+tokenizer's files, stop ids, slots of the cache, the folder to write to) to the file, or None where the target does not
+ask for it."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What the steps around a backend must know of it."""
+
+    schemes: tuple[str, ...] = ()
+    """Presets that it takes beside those of every backend."""
+    positive_scales: bool = False
+    """Its runtime refuses a scale that is zero or below."""
+    splits: bool = False
+    """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
+    package: Package | None = None
 
 
 Progress = Callable[[int, int], None]

@@ -1385,6 +1385,17 @@ def engine_not_run(component: str, sm: str) -> Finding:
     )
 
 
+def engine_without_runtime(target: str, why: str) -> Finding:
+    return Finding(
+        "warning",
+        "engine-without-runtime",
+        "the engines in this bundle run on no phone; what runs there is LiteRT",
+        target,
+        why,
+        "build for android-tflite, unless the same files also go to a system with an NVIDIA GPU and TensorRT-RTX",
+    )
+
+
 def engine_to_build(component: str, builder: str) -> Finding:
     return Finding(
         "warning",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from edgeexport import backends
 from edgeexport.backends.tools import versions_of
 from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
@@ -83,9 +84,11 @@ class Job:
 
     @cached_property
     def compile_key(self) -> str:
-        """Names the artifact: the graph, the weights' bytes, the target, the scheme and the samples."""
+        """Names the artifact: the graph, the weights' bytes, the target, the scheme, the samples and the backend's
+        tools. Raises: ToolError `missing-package`."""
         aim, samples = self.target, self.samples.digest if self.samples is not None else ""
-        return key("compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples)
+        tools = backends.load(aim.backend).versions()
+        return key("compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples, tools)
 
     @cached_property
     def build_key(self) -> str:

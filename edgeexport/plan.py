@@ -53,7 +53,7 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     aim = problems.attempt(lambda: targets.load(target))
     family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
     name = quant or (aim.quant if aim else None)
-    own = getattr(backends.load(aim.backend), "SCHEMES", ()) if aim else schemes.OWN_SCHEMES
+    own = backends.load(aim.backend).TRAITS.schemes if aim else schemes.OWN_SCHEMES
     scheme = problems.attempt(lambda: schemes.find(name, own)) if name else None
     if not (opened and aim and family and scheme):
         raise problems.as_one()
@@ -73,7 +73,7 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     apart = any(part.name == "embed" for part in parts)
     sizes = sizes_of(quantised, shapes, geometry, slots, BITS[aim.precision] // 8, embed_apart=apart)
     limit = aim.limits.get("max_file_bytes")
-    if limit is not None and sizes["artifact"] > limit:
+    if limit is not None and sizes["artifact"] > limit and not backends.load(aim.backend).TRAITS.splits:
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
     devices = device_table(aim, sizes)
     findings = [finding for error in problems.errors for finding in error.findings]

@@ -127,7 +127,7 @@ def write_bundle(
 
 def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None:
     """The file that a runtime's own engine wants besides, where the backend writes one and the target asks for it."""
-    write = getattr(backends.load(job.target.backend), "write_package", None)
+    write = backends.load(job.target.backend).TRAITS.package
     if write is None:
         return
     folder, artifact = next(part.files for part in parts if part.name == DECODER)

@@ -132,7 +132,7 @@ def plan_weights(job: Job, models: Sequence[CanonicalModel]) -> QuantPlan:
 
     weights = models[0].weights
     shapes = {name: ref.shape for name, ref in weights.items()}
-    positive = bool(getattr(backends.load(job.target.backend), "POSITIVE_SCALES", False))
+    positive = backends.load(job.target.backend).TRAITS.positive_scales
     return quant.plan(shapes, classes(models[0].graph, weights, models[0].component), job.scheme, positive=positive)
 
 

@@ -299,7 +299,7 @@ def written(
 
 
 def positive(quant: QuantPlan) -> QuantPlan:
-    """The plan as backends with `POSITIVE_SCALES` get it."""
+    """The plan as backends with `positive_scales` get it."""
     formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in quant.formats.items()}
     return replace(quant, formats=formats)
 

@@ -19,6 +19,7 @@ from native import CPP, SANITIZERS, alone, programs, run
 from edgeexport import build, errors, open_bundle
 from edgeexport.bundle import device_report
 from edgeexport.core import Verdict
+from edgeexport.families.autoglm_phone.data import held_out_split
 from edgeexport.parity.examples import TEXTS
 from edgeexport.session.audio import Sound
 from edgeexport.session.generate import generate
@@ -104,20 +105,25 @@ def test_it_gives_the_same_tokens_as_python(plain: Path, bundle: Path, packed: P
 
 @pytest.mark.real
 def test_it_sees_and_hears_as_python_does(plain: Path, mini: Path, packed: Path, tmp_path: Path) -> None:
-    random = np.random.default_rng(0)
-    pixels = random.integers(0, 256, (90, 160, 3), np.uint8)
-    samples = random.normal(0, 0.1, 16000).astype(np.float32)
+    data = held_out_split()
+    pixels, clip = data.digits[0].array, data.clips[0]
     (tmp_path / "picture").write_bytes(pixels.tobytes())
-    (tmp_path / "sound").write_bytes(samples.tobytes())
-    shown = ["--picture", tmp_path / "picture", 90, 160, "--sound", tmp_path / "sound", 16000]
+    (tmp_path / "sound").write_bytes(clip.samples.astype(np.float32).tobytes())
+    picture, sound = ["--picture", tmp_path / "picture", *pixels.shape[:2]], ["--sound", tmp_path / "sound", clip.rate]
     opened = open_bundle(mini)
-    prompt = opened.tokenizer().encode("Describe what you see or hear, in a few words.")
+    tokenizer, template = opened.tokenizer(), opened.chat_template()
     with opened.session(threads=2) as session:
-        features = [session.encode_image(Image(pixels)), session.encode_audio(Sound(samples, 16000))]
-        for given, arguments in (([], []), (features, shown)):
+        seen, heard = session.encode_image(Image(pixels)), session.encode_audio(Sound(clip.samples, clip.rate))
+        for question, shown, media in (
+            ("Name three colours.", [], []),
+            ("Which digit is in the picture?", [seen], picture),
+            ("Which word do you hear?", [heard], sound),
+            ("Which digit do you see and which do you hear?", [seen, heard], [*picture, *sound]),
+        ):
+            prompt = tokenizer.encode(template.render([{"role": "user", "content": question}]))
             session.reset()
-            wanted = list(generate(session, prompt, features=given, max_tokens=TOKENS, stop_ids=opened.stop_ids))
-            assert answers(plain, mini, packed, [prompt], *arguments)["answers"][0]["tokens"] == wanted
+            wanted = list(generate(session, prompt, features=shown, max_tokens=TOKENS, stop_ids=opened.stop_ids))
+            assert answers(plain, mini, packed, [prompt], *media)["answers"][0]["tokens"] == wanted, question
 
 
 @pytest.mark.real
@@ -169,9 +175,16 @@ def test_a_failure_is_in_the_report(plain: Path, bundle: Path, tmp_path: Path) -
 @pytest.mark.parametrize("variant", SANITIZERS)
 def test_sanitizers_find_nothing(variant: str) -> None:
     folder = programs(variant, ["test-readers", "test-session", "test-c"])
-    print(run([folder / "test-session"]))
-    print(run([folder / "test-readers"]))
-    run([folder / "test-c"])
+    for program in ("test-readers", "test-session", "test-c"):
+        print(run([folder / program]))
+
+
+@pytest.mark.scale
+@pytest.mark.parametrize("variant", SANITIZERS)
+def test_sanitizers_find_nothing_with_the_real_runtime(variant: str, bundle: Path, packed: Path) -> None:
+    folder = programs(variant, ["test-real_session"])
+    suppressions = f"TSAN_OPTIONS=suppressions={CPP / 'tests' / 'tsan.supp'}"
+    run(["env", suppressions, folder / "test-real_session", bundle, *libraries().values(), packed])
 
 
 def changed_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:

@@ -35,7 +35,7 @@ from edgeexport.backends import onnxruntime as ort_backend
 from edgeexport.backends import onnxruntime_runner as ort_runner
 from edgeexport.backends.optable import OpTable
 from edgeexport.bundle.artifacts import OpenArtifacts
-from edgeexport.core import Artifact, CanonicalModel, QuantPlan
+from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Traits
 from edgeexport.quant import SCHEMES
 
 LARGER = {
@@ -63,6 +63,7 @@ def test_a_backend_fits_the_protocol(name: str) -> None:
     backend = backends.load(name)
     assert backend.NAME == backend.OPS.backend == name
     assert isinstance(backend.OPS, OpTable)
+    assert isinstance(backend.TRAITS, Traits)
     assert dataclasses.is_dataclass(backend.OPTIONS)
     assert all(value.default is not dataclasses.MISSING for value in dataclasses.fields(backend.OPTIONS))
     for function in ("versions", "check", "compile"):

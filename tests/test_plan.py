@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -165,6 +166,7 @@ def test_a_refused_op_ends_the_plan_with_the_lowering_code(tmp_path: Path, monke
     class Fake:
         OPS = OpTable("onnxruntime")
         OPTIONS = real.OPTIONS
+        TRAITS = real.TRAITS
 
     monkeypatch.setattr(backends, "load", lambda name: Fake)
     document = plan.plan(str(checkpoint(tmp_path / "small", SMALL)), "host-ort")
@@ -193,6 +195,14 @@ def test_a_file_limit_of_the_target_is_kept(tmp_path: Path) -> None:
     for limit, codes in ((size, []), (size - 1, ["artifact-too-large"])):
         file.write_text(f"{source}\n[limits]\nmax_file_bytes = {limit}\n")
         assert [finding["code"] for finding in plan.plan(folder, str(file))["findings"]] == codes
+
+
+def test_a_backend_that_splits_a_decoder_is_not_held_to_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    source = targets.load("ios-coreml").source
+    file.write_text(re.sub(r"max_file_bytes = \d+", "max_file_bytes = 1", source))
+    made = plan.plan(str(checkpoint(tmp_path / "small", SMALL)), str(file))
+    assert "artifact-too-large" not in {finding["code"] for finding in made["findings"]}
 
 
 def test_build_cost_counts_layers_and_not_the_vocabulary() -> None:

@@ -53,7 +53,7 @@ def test_every_target_we_ship_loads_and_names_things_that_exist(name: str) -> No
     target = targets.load(name)
     assert target.name == name
     assert target.backend in backends.known()
-    assert target.quant in {*quant.SCHEMES, *getattr(backends.load(target.backend), "SCHEMES", ())}
+    assert target.quant in {*quant.SCHEMES, *backends.load(target.backend).TRAITS.schemes}
     assert target.platform == "host" or target.devices
 
 

@@ -31,7 +31,7 @@ def test_no_row_about_the_engine_is_green_where_no_gpu_ran_it() -> None:
     assert worst([*below, *graph, *engine, row("L4", Verdict.PASS), row("L5", Verdict.PASS)]) is Verdict.PASS
 
 
-@pytest.mark.parametrize(("family", "scheme"), [("llama", "fp16"), ("glm4v", "int4-b128"), ("autoglm_phone", "fp16")])
+@pytest.mark.parametrize(("family", "scheme"), [("glm4v", "int4-b128"), ("autoglm_phone", "fp16")])
 def test_a_model_walks_to_engines_and_the_bundle_says_what_ran(family: str, scheme: str, tmp_path: Path) -> None:
     checkpoint = with_tokenizer(write_checkpoint(tmp_path / family, families.find(family).tiny))
     made = build(str(checkpoint), small("rtx-trt", 32, tmp_path), tmp_path / "out", quant=scheme, context=CONTEXT)
@@ -50,10 +50,34 @@ def test_a_model_walks_to_engines_and_the_bundle_says_what_ran(family: str, sche
     report = json.loads((made.bundle / "parity.json").read_bytes())
     assert report["verdict"] == "NOT_RUN"
     assert read_results(report) == made.results
-    assert verify(made.bundle).ok
+    checked = verify(made.bundle)
+    assert checked.ok
+    assert "not by the engine" in checked.note
     with (made.bundle / "decoder.engine").open("r+b") as file:
         file.seek(5000)
         held = file.read(1)[0]
         file.seek(5000)
         file.write(bytes([held ^ 1]))
     assert [finding.code for finding in verify(made.bundle).findings] == ["bundle-file-changed"]
+
+
+def test_the_android_bundle_runs_in_litert_and_says_that_its_engines_do_not(tmp_path: Path) -> None:
+    checkpoint = with_tokenizer(write_checkpoint(tmp_path / "llama", families.find("llama").tiny))
+    target = small("android-trt", 32, tmp_path)
+    made = build(str(checkpoint), target, tmp_path / "out", quant="int4-b32", context=CONTEXT)
+    assert "engine-without-runtime" in {finding.code for finding in made.findings}
+    bundle = open_bundle(made.bundle)
+    assert "no phone has" in bundle.manifest.target.title
+    assert bundle.manifest.parity["L4"] == bundle.manifest.parity["L5"] == "NOT_RUN"
+    assert {row.verdict for row in made.results if row.stand_in} <= {Verdict.PASS, Verdict.AMBIGUOUS}
+    component = bundle.component("decoder")
+    assert component.backend == "litert"  # which the Android loader knows
+    assert component.files == ("decoder.tflite", "engines/decoder.engine", "engines/decoder.json")
+    choice = json.loads((made.bundle / "engines" / "decoder.json").read_bytes())
+    assert [each["file"] for each in choice["engines"]] == ["decoder.engine"]
+    assert choice["otherwise"] == {"backend": "litert", "files": ["decoder.tflite"]}
+    assert "Android" in choice["why_otherwise"]
+    assert not list((made.bundle / "engines").glob("*.onnx*"))
+    with bundle.session(threads=1) as session:
+        assert session.prefill([1, 2, 3]).shape == (320,)
+    assert verify(made.bundle).ok

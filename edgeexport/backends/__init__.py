@@ -12,7 +12,7 @@ from typing import Any, Protocol, cast
 
 from edgeexport import errors
 from edgeexport.backends.optable import OpTable
-from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPlan, Target, WeightSource
+from edgeexport.core import Artifact, CanonicalModel, Finding, Progress, QuantPlan, Target, Traits, WeightSource
 
 BACKENDS: Mapping[str, str] = {
     "coreml": "edgeexport.backends.coreml",
@@ -21,6 +21,7 @@ BACKENDS: Mapping[str, str] = {
     "mnn": "edgeexport.backends.mnn",
     "onnxruntime": "edgeexport.backends.onnxruntime",
     "tensorrt": "edgeexport.backends.tensorrt",
+    "tensorrt-android": "edgeexport.backends.tensorrt_android",
     "tensorrt-kit": "edgeexport.backends.tensorrt_kit",
 }
 """Backend to the module that compiles for it. Its host runner is the module of the same name plus `_runner`."""
@@ -33,6 +34,7 @@ class Backend(Protocol):
     OPS: OpTable
     OPTIONS: type
     """Frozen dataclass whose fields are the keys allowed under [options] of a target file."""
+    TRAITS: Traits
 
     def versions(self) -> dict[str, str]:
         """Versions of the tools that `compile` uses. Raises ToolError where one is missing."""

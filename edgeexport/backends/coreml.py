@@ -26,6 +26,7 @@ from edgeexport.core import (
     StoredWeight,
     Target,
     TensorSpec,
+    Traits,
     WeightSource,
     no_progress,
 )
@@ -43,9 +44,7 @@ FLOAT = "float16"
 """What is computed in. Inputs and outputs of the model are float32."""
 HOST_TYPES = {"float32": "float32", "int64": "int32"}
 """Element type of the model's inputs and outputs to that of the program's: Core ML takes no int64."""
-SCHEMES = ("palette4",)
-"""Schemes that are not every backend's."""
-__all__ = ["NAME", "OPS", "OPTIONS", "SCHEMES", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +71,7 @@ class Options:
 
 
 OPTIONS = Options
+TRAITS = Traits(schemes=("palette4",), splits=True)
 
 
 def versions() -> dict[str, str]:

@@ -32,6 +32,7 @@ from edgeexport.core import (
     Signature,
     Target,
     TensorSpec,
+    Traits,
     WeightSource,
     no_progress,
 )
@@ -40,13 +41,11 @@ if TYPE_CHECKING:
     from edgeexport.backends.litert_file import ModelFile, Tensor
 
 NAME = "litert"
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions", "write_package"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 LEAST_WINDOW = 128
 """Slots below which a smaller window saves nothing."""
 FORMAT_FIX = "choose --quant int8"
-POSITIVE_SCALES = True
-"""The runtime's fast kernels (XNNPACK) refuse a file with a scale that is zero or negative."""
 
 
 @dataclass(frozen=True)
@@ -230,3 +229,6 @@ def sign(
 def specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     """What a signature says of its inputs or outputs."""
     return tuple(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
+
+
+TRAITS = Traits(positive_scales=True, package=write_package)

@@ -23,6 +23,7 @@ from edgeexport.core import (
     Progress,
     QuantPlan,
     Target,
+    Traits,
     WeightSource,
     no_progress,
 )
@@ -31,11 +32,9 @@ if TYPE_CHECKING:
     from edgeexport.backends.litert_file import ModelFile
 
 NAME = "litert-nnapi"
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "SCHEMES", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
-POSITIVE_SCALES = litert.POSITIVE_SCALES
 STATIC = "int8-static"
-SCHEMES = (STATIC,)
 DECODER = "decoder"
 CALIBRATED = ("vision", "audio")
 """Components whose activations have fixed scales in the scheme STATIC; text goes on to be scaled token by token."""
@@ -64,6 +63,7 @@ class Options:
 
 
 OPTIONS = Options
+TRAITS = Traits(schemes=(STATIC,), positive_scales=True)
 
 
 def versions() -> dict[str, str]:

@@ -35,12 +35,13 @@ from edgeexport.core import (
     Signature,
     StoredWeight,
     Target,
+    Traits,
     WeightSource,
     no_progress,
 )
 
 NAME = "mnn"
-__all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions", "write_package"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -195,3 +196,6 @@ def write_package(
 def _content(token: Any) -> str:
     """A token's text as tokenizer_config.json has it: itself, or in a table, or nothing."""
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
+
+
+TRAITS = Traits(package=write_package)

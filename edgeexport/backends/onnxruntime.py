@@ -10,6 +10,7 @@ from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.backends.onnxruntime_ops import OPS
 from edgeexport.backends.onnxruntime_runner import STEP
+from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -18,12 +19,13 @@ from edgeexport.core import (
     QuantPlan,
     Signature,
     Target,
+    Traits,
     WeightSource,
     no_progress,
 )
 
 NAME = "onnxruntime"
-__all__ = ["NAME", "OPS", "OPTIONS", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -37,15 +39,12 @@ class Options:
 
 
 OPTIONS = Options
+TRAITS = Traits()
 
 
 def versions() -> dict[str, str]:
     """Versions of the tools that shape the artifact's bytes."""
-    import onnx
-    import onnx_ir
-    import onnxruntime
-
-    return {"onnx": onnx.__version__, "onnx-ir": onnx_ir.__version__, "onnxruntime": onnxruntime.__version__}
+    return versions_of("build", "onnx", "onnx-ir", "onnxruntime")
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:

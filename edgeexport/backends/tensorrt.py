@@ -26,19 +26,18 @@ from edgeexport.core import (
     Signature,
     Target,
     TensorSpec,
+    Traits,
     WeightSource,
     no_progress,
 )
 
 NAME = "tensorrt"
 PACKAGES = ("tensorrt-rtx-cu13-bindings", "tensorrt-rtx-cu13-libs")
-POSITIVE_SCALES = True
-"""TensorRT refuses to build where a scale is zero or below."""
 MODULE = "tensorrt_rtx_bindings"
 """What those packages are imported as."""
 CAPABILITIES = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT-RTX 1.7 builds for."""
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +64,7 @@ class Options:
 
 
 OPTIONS = Options
+TRAITS = Traits(positive_scales=True)
 
 
 def versions() -> dict[str, str]:

@@ -258,7 +258,8 @@ def build_all(
                 shutil.copyfile(kept.with_suffix(".engine"), engine)
                 shutil.copyfile(kept.with_suffix(".json"), described)
             else:
-                told = build(trt, graph, engine, plan, one["capabilities"], timing_cache)
+                network = build(trt, graph, engine, plan, one["capabilities"], timing_cache)
+                told = {**network, "graph": plan["graph"]}
                 described.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
                 if kept is not None:
                     kept.parent.mkdir(parents=True, exist_ok=True)

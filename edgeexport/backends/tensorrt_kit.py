@@ -26,13 +26,12 @@ from edgeexport.core import (
     QuantPlan,
     Signature,
     Target,
+    Traits,
     WeightSource,
     no_progress,
 )
 
 NAME = "tensorrt-kit"
-POSITIVE_SCALES = True
-"""TensorRT refuses to build where a scale is zero or below."""
 BUILDER = "engine_builder.pyz"
 """The one file that the device runs: `python3 engine_builder.pyz build`."""
 MAIN = """import sys
@@ -47,7 +46,7 @@ COMMANDS[sys.argv[1]](sys.argv[2:])
 """
 OPS = OpTable(NAME)
 OPS.include(RTX)
-__all__ = ["NAME", "OPS", "OPTIONS", "POSITIVE_SCALES", "check", "compile", "versions", "write_package"]
+__all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
 @dataclass(frozen=True)
@@ -157,3 +156,6 @@ def write_package(
             archive.writestr(zipfile.ZipInfo(source.name), source.read_bytes())
         archive.writestr(zipfile.ZipInfo("__main__.py"), MAIN)
     return path
+
+
+TRAITS = Traits(positive_scales=True, package=write_package)

@@ -33,7 +33,7 @@ MASKED = -65504.0
 
 OPS = OpTable("tensorrt")
 OPS.native(
-    "Add", "Clip", "Concat", "Mul", "Range", "Reshape", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub", "Transpose",
+    "Add", "Clip", "Concat", "Gather", "Mul", "Range", "Reshape", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub", "Transpose",
     "Unsqueeze",
 )  # fmt: skip
 
@@ -235,12 +235,6 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
     weight = ctx.weight(found.weight)
     turned = ctx.once(("turned", weight), "Transpose", [weight], perm=[1, 0])
     ctx.values[found.output] = ctx.emit("MatMul", [ctx.value(found.input), turned], name=node.name or "")
-
-
-@OPS.lower("Gather", note="rows of a table's integers, times their scales")
-def gather(node: ir.Node, ctx: Lowering) -> None:
-    """Gather(data, indices)"""
-    ctx.keep(node)
 
 
 @OPS.lower("Split", note="without num_outputs in old versions")

@@ -18,7 +18,8 @@ from edgeexport.core import Finding, Progress, Verdict, no_progress
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found. `golden` is NOT_RUN with its reason in `note` when the vectors were not replayed."""
+    """What was found. `golden` is NOT_RUN with its reason in `note` when the vectors were not replayed; when they were,
+    `note` says what replayed them where it is not the runtime that the bundle is for."""
 
     findings: tuple[Finding, ...]
     files: int
@@ -62,12 +63,13 @@ def verify(
         return report(Verdict.NOT_RUN, manifest.golden.not_run)
     if not golden:
         return report(Verdict.NOT_RUN, "not asked for")
+    bundle = Bundle(folder, manifest)
     try:
-        comparison = replay(Bundle(folder, manifest), threads)
+        comparison = replay(bundle, threads)
     except errors.EdgeExportError as error:
         findings += error.findings
         return report(Verdict.FAIL, error.findings[0].what)
-    return report(Verdict.PASS, "", comparison)
+    return report(Verdict.PASS, bundle.stand_in, comparison)
 
 
 def _manifest_findings(folder: Path, data: bytes) -> list[Finding]:

@@ -89,6 +89,14 @@ SCHEMES: Mapping[str, Scheme] = {
             INT8_CHANNEL,
         ),
         Scheme(
+            "int4-b64",
+            "4-bit integers, a scale per 64 weights",
+            FORMATS["int4-b64"],
+            FORMATS["int4-b64"],
+            FORMATS["int4-b64"],
+            INT8_CHANNEL,
+        ),
+        Scheme(
             "int4-b128",
             "4-bit integers, a scale per 128 weights",
             FORMATS["int4-b128"],

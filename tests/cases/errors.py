@@ -169,6 +169,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "mnn_tokenizer_unsupported": {"part": "normalizer", "kind": "Precompiled"},
     "engine_not_built": {"component": "decoder", "said": "Error Code 2: Internal Error"},
     "engine_not_run": {"component": "decoder", "sm": "80 86 89 120"},
+    "engine_without_runtime": {"target": "android-trt", "why": "no phone has an NVIDIA GPU"},
     "engine_to_build": {"component": "decoder", "builder": "engine_builder.pyz"},
     "mnn_conversion_failed": {"component": "decoder", "said": "Can't convert Op: Attention"},
     "mnn_takes_no_embeddings": {"why": "this is arm64 with Darwin"},

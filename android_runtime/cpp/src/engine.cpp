@@ -6,6 +6,9 @@
 
 #include "engines.h"
 #include "errors.h"
+#ifdef EDGEEXPORT_MNN
+#include "mnn_engine.h"
+#endif
 
 namespace edgeexport {
 
@@ -14,6 +17,9 @@ std::unique_ptr<DecoderEngine> openDecoder(const Bundle& bundle, const RuntimeOp
   try {
     if (component.backend == "onnxruntime") return openOnnxDecoder(bundle, component, options);
     if (component.backend == "litert") return openLiteRtDecoder(bundle, component, options);
+#ifdef EDGEEXPORT_MNN
+    if (component.backend == "mnn") return openMnnDecoder(bundle, component, options);
+#endif
   } catch (const std::bad_alloc&) {  // a runtime's too
     throw errors::outOfMemory("to open " + component.name);
   }
@@ -26,6 +32,9 @@ std::unique_ptr<GraphEngine> openGraph(const Bundle& bundle, const std::string& 
   try {
     if (component.backend == "onnxruntime") return openOnnxGraph(bundle, component, variant, options);
     if (component.backend == "litert") return openLiteRtGraph(bundle, component, variant, options);
+#ifdef EDGEEXPORT_MNN
+    if (component.backend == "mnn") return openMnnGraph(bundle, component, variant, options);
+#endif
   } catch (const std::bad_alloc&) {  // a runtime's too
     throw errors::outOfMemory("to open " + component.name);
   }
