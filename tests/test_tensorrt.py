@@ -180,6 +180,13 @@ def test_attention_in_float32_and_one_scale_per_row_of_int4_are_refused(zoo: Zoo
     assert "20 more" in finding.where
 
 
+def test_int4_is_refused_for_the_capability_that_has_none(zoo: Zoo) -> None:
+    found = zoo.traced("llama")
+    (finding,) = tensorrt.check(found.model, target(sm="75 89"), found.plan("int4-b32"))
+    assert "take 75 out" in finding.fix
+    assert tensorrt.check(found.model, target(sm="75 89"), found.plan("int8")) == []
+
+
 @pytest.mark.parametrize(
     ("change", "why"),
     [("softcap = 30.0", "softcap"), ("is_causal = 0", "masks and caches")],
@@ -227,7 +234,7 @@ def test_every_component_becomes_an_engine(name: str, scheme: str, zoo: Zoo, tmp
 
 
 def test_the_oldest_capability_has_a_file_of_its_own(zoo: Zoo, tmp_path: Path) -> None:
-    artifact = compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path, sm="75 89")
+    artifact = compiled(zoo.traced("llama"), "int8", "decoder", tmp_path, sm="75 89")
     assert {name for name in artifact.files if name.endswith(".engine")} == {"decoder.engine", "decoder.sm75.engine"}
     told = [json.loads((tmp_path / f"decoder{each}.engine.json").read_bytes()) for each in ("", ".sm75")]
     assert [each["compute_capabilities"] for each in told] == [["8.9"], ["7.5"]]

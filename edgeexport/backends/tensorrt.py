@@ -74,7 +74,13 @@ def versions() -> dict[str, str]:
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node and weight that TensorRT would refuse, unpack or get wrong, all at once. Pure; no SDK."""
-    return OPS.check(model.graph.graph) + refusals(model, target, plan, NAME)
+    found = OPS.check(model.graph.graph) + refusals(model, target, plan, NAME)
+    packed = [name for name in model.weights if plan.formats[name].integer and plan.formats[name].bits == 4]
+    if packed and tensorrt_engine.APART in Options(**target.options).capabilities:
+        why = "GPUs of compute capability 7.5 multiply by no int4"
+        fix = "take 75 out of sm in the target file, or choose --quant int8 or fp16"
+        found.append(errors.op_not_lowered(NAME, "DequantizeLinear", packed[0], why, fix))
+    return found
 
 
 def compile(

@@ -33,8 +33,8 @@ MASKED = -65504.0
 
 OPS = OpTable("tensorrt")
 OPS.native(
-    "Add", "Clip", "Concat", "Gather", "Mul", "Range", "Reshape", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub", "Transpose",
-    "Unsqueeze",
+    "Add", "Clip", "Concat", "Gather", "Mul", "Range", "Reshape", "Shape", "Sigmoid", "Slice", "Squeeze", "Sub",
+    "Transpose", "Unsqueeze",
 )  # fmt: skip
 
 

@@ -1,0 +1,24 @@
+package dev.edgeexport;
+
+/** One token of an answer, and the text that became certain with it: often its own, sometimes none. */
+public final class Token {
+    /** The id of what ends an answer within a character: its text is U+FFFD, and no token belongs to it. */
+    public static final int NO_ID = -1;
+
+    private final int id;
+    private final String text;
+
+    Token(int id, String text) {
+        this.id = id;
+        this.text = text;
+    }
+
+    public int getId() {
+        return id;
+    }
+
+    /** No piece ends within a character. Empty where the bundle has no tokenizer that this loader can read. */
+    public String getText() {
+        return text;
+    }
+}
