@@ -414,6 +414,8 @@ class Traits:
     """Its runtime refuses a scale that is zero or below."""
     splits: bool = False
     """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
+    widens: int = 0
+    """Bytes of float32 weights that its host runner holds at most while the ladder compares."""
     package: Package | None = None
 
 

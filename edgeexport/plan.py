@@ -30,7 +30,8 @@ activations of one token."""
 
 MEMORY_FORMULA = (
     "imports 375 MiB + buffers 128 MiB; up to L3 also 2 layers in float32, at most 512 MiB; with the whole ladder, "
-    "if that is more, twice artifact + KV cache (ONNX Runtime packs the weights anew)"
+    "if that is more, twice artifact + KV cache (ONNX Runtime packs the weights anew) and the float32 weights that a "
+    "backend's host runner holds (Core ML: at most 1 GiB, MNN: all)"
 )
 TIME_FORMULA = "imports and tracing 8 s + weights / 200 million per second, without the ladder"
 
@@ -85,7 +86,7 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         "context": slots,
         "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
-        "build": build_cost(shapes, geometry, sizes),
+        "build": build_cost(shapes, geometry, sizes, backends.load(aim.backend).TRAITS.widens),
         "devices": devices,
         "findings": [asdict(finding) for finding in findings],
         "exit_code": problems.errors[0].exit_code if problems.errors else 0,
@@ -154,8 +155,11 @@ def sizes_of(
     }
 
 
-def build_cost(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """Estimated peak memory (bytes) and time (seconds) of the build, with the formulas they come from."""
+def build_cost(
+    shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, sizes: Mapping[str, int], widens: int = 0
+) -> dict[str, Any]:
+    """Estimated peak memory (bytes) and time (seconds) of the build, with the formulas they come from; `widens` as in
+    a backend's traits."""
     weights = sum(_elements(shape) for shape in shapes.values())
     outside = sum(_elements(shape) for shape in shapes.values() if shape and shape[0] == geometry.vocab)
     layer = 4 * (weights - outside) // geometry.layers
@@ -163,7 +167,8 @@ def build_cost(shapes: Mapping[str, tuple[int, ...]], geometry: Geometry, sizes:
     return {
         "memory": compile_only,
         "memory_to_l3": compile_only + streamed,
-        "memory_with_ladder": compile_only + max(streamed, 2 * (sizes["artifact"] + sizes["kv_cache"])),
+        "memory_with_ladder": compile_only
+        + max(streamed, 2 * (sizes["artifact"] + sizes["kv_cache"]) + min(4 * weights, widens)),
         "memory_formula": MEMORY_FORMULA,
         "seconds": round(IMPORT_SECONDS + weights / WEIGHTS_PER_SECOND, 1),
         "seconds_formula": TIME_FORMULA,

@@ -13,6 +13,10 @@ from typing import Any
 
 import pytest
 
+from edgeexport import open_bundle
+from edgeexport.bundle import device_report
+from edgeexport.core import ParityResult
+
 ROOT = Path(__file__).parent.parent
 CPP = ROOT / "android_runtime" / "cpp"
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
@@ -37,6 +41,35 @@ def programs(variant: str, targets: Sequence[str]) -> Path:
         run(["cmake", "-S", CPP, "-B", folder, f"-DEDGEEXPORT_SANITIZE={SANITIZERS.get(variant, '')}"])
         run(["cmake", "--build", folder, "-j", "2", "--target", *targets])
     return folder
+
+
+def libraries() -> dict[str, Path]:
+    """The runtimes' shared libraries, out of their wheels."""
+    import ai_edge_litert
+    import onnxruntime
+
+    (ort,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
+    return {"onnxruntime": ort, "litert": Path(next(iter(ai_edge_litert.__path__))) / "libLiteRt.so"}
+
+
+def edgeexport_run(programs: Path, bundle: Path, packed: Path, *more: Any) -> list[str]:
+    """The command; LiteRT's packed weights are kept in `packed`."""
+    places = [part for name, path in libraries().items() for part in (f"--{name}", path)]
+    command = [programs / "edgeexport-run", bundle, *places, "--cache", packed, "--threads", 2, *more]
+    return [str(part) for part in command]
+
+
+def answers(programs: Path, bundle: Path, packed: Path, prompts: Sequence[Sequence[int]], *more: Any) -> dict[str, Any]:
+    """What edgeexport-run says of these prompts."""
+    tokens = [part for prompt in prompts for part in ("--tokens", ",".join(map(str, prompt)))]
+    found: dict[str, Any] = json.loads(run(edgeexport_run(programs, bundle, packed, *tokens, *more)))
+    return found
+
+
+def device_rows(programs: Path, bundle: Path, packed: Path, place: Path) -> list[ParityResult]:
+    """The rows of the report that edgeexport-run writes, as Python judges them; the report goes to `place`."""
+    place.write_text(run(edgeexport_run(programs, bundle, packed, "--report")))
+    return device_report.judge(device_report.read(place), open_bundle(bundle), place)
 
 
 def run(command: Sequence[Any]) -> str:

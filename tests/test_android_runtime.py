@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from bundles import rehash, write_bundle
-from native import CPP, SANITIZERS, alone, programs, run
+from native import CPP, SANITIZERS, alone, answers, device_rows, edgeexport_run, libraries, programs, run
 
 from edgeexport import build, errors, open_bundle
 from edgeexport.bundle import device_report
@@ -44,15 +44,6 @@ def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str)
     return found
 
 
-def libraries() -> dict[str, Path]:
-    """The runtimes' shared libraries, out of their wheels."""
-    import ai_edge_litert
-    import onnxruntime
-
-    (ort,) = (Path(onnxruntime.__file__).parent / "capi").glob("libonnxruntime.so.*")
-    return {"onnxruntime": ort, "litert": Path(next(iter(ai_edge_litert.__path__))) / "libLiteRt.so"}
-
-
 @pytest.fixture(scope="session")
 def plain() -> Path:
     return programs("plain", ["all"])
@@ -75,15 +66,6 @@ def mini(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return built(tmp_path_factory, "autoglm-phone-mini", request.param, "int8")
 
 
-def answers(plain: Path, bundle: Path, packed: Path, prompts: Sequence[Sequence[int]], *more: Any) -> dict[str, Any]:
-    """What edgeexport-run says of these prompts."""
-    places = [part for name, path in libraries().items() for part in (f"--{name}", path)]
-    tokens = [part for prompt in prompts for part in ("--tokens", ",".join(map(str, prompt)))]
-    command = [plain / "edgeexport-run", bundle, *places, "--cache", packed, "--threads", 2]
-    found: dict[str, Any] = json.loads(run([*command, "--max-tokens", TOKENS, *tokens, *more]))
-    return found
-
-
 @pytest.mark.real
 def test_it_gives_the_same_tokens_as_python(plain: Path, bundle: Path, packed: Path) -> None:
     opened = open_bundle(bundle)
@@ -91,7 +73,7 @@ def test_it_gives_the_same_tokens_as_python(plain: Path, bundle: Path, packed: P
     texts = [*TEXTS, *(" ".join([text] * (1 + 2 * i)) for i, text in enumerate(TEXTS))]
     prompts = [tokenizer.encode(text) for text in texts]
     assert len(prompts) == 20 and max(map(len, prompts)) > 256  # longer than the longest signature
-    found = answers(plain, bundle, packed, prompts, "--check", "--verify")
+    found = answers(plain, bundle, packed, prompts, "--max-tokens", TOKENS, "--check", "--verify")
     with opened.session(threads=2) as session:
         for prompt, answer in zip(prompts, found["answers"], strict=True):
             session.reset()
@@ -123,7 +105,8 @@ def test_it_sees_and_hears_as_python_does(plain: Path, mini: Path, packed: Path,
             prompt = tokenizer.encode(template.render([{"role": "user", "content": question}]))
             session.reset()
             wanted = list(generate(session, prompt, features=shown, max_tokens=TOKENS, stop_ids=opened.stop_ids))
-            assert answers(plain, mini, packed, [prompt], *media)["answers"][0]["tokens"] == wanted, question
+            found = answers(plain, mini, packed, [prompt], "--max-tokens", TOKENS, *media)
+            assert found["answers"][0]["tokens"] == wanted, question
 
 
 @pytest.mark.real
@@ -153,13 +136,39 @@ def test_it_answers_through_its_c_interface(plain: Path, bundle: Path, packed: P
 
 @pytest.mark.real
 def test_its_report_is_one_that_python_reads(plain: Path, bundle: Path, packed: Path, tmp_path: Path) -> None:
-    places = [part for name, path in libraries().items() for part in (f"--{name}", path)]
-    report = tmp_path / "report.json"
-    report.write_text(run([plain / "edgeexport-run", bundle, *places, "--cache", packed, "--report"]))
-    rows = device_report.judge(device_report.read(report), open_bundle(bundle), report)
-    assert [row.level for row in rows] == ["L1", "L4", "L5"]
+    rows = device_rows(plain, bundle, packed, tmp_path / "report.json")
+    assert [(row.level, row.output) for row in rows] == [
+        *((level, f"{what} on {rows[0].output.split(' on ')[1]}") for level, what in (
+            ("L1", "golden chat"), ("L1", "opens"), ("L4", "golden text"), ("L5", "golden text")
+        )),
+    ]  # fmt: skip
     assert {row.verdict for row in rows} == {Verdict.PASS}
-    assert rows[1].metrics["max_abs"] == 0
+    assert rows[2].metrics["max_abs"] == 0
+
+
+@pytest.mark.real
+def test_pictures_sounds_and_conversations_are_replayed(plain: Path, mini: Path, packed: Path, tmp_path: Path) -> None:
+    rows = device_rows(plain, mini, packed, tmp_path / "report.json")
+    replayed = ["text", "picture", "sound", "picture and sound"]
+    assert [row.output.split(" on ")[0] for row in rows] == [
+        "golden chat", "opens", *(f"golden {name}" for name in replayed for _ in ("L4", "L5"))
+    ]  # fmt: skip
+    assert {row.verdict for row in rows} == {Verdict.PASS}
+    assert max(row.metrics.get("max_abs", 0) for row in rows) < 1e-3  # a log-mel is Python's to 1e-4, not to the bit
+    run(edgeexport_run(plain, mini, packed, "--check"))
+    copy = shutil.copytree(mini, tmp_path / "bundle")
+    chat, sound = copy / "golden" / "chat.json", copy / "golden" / "sound.wav"
+    chat.write_text(chat.read_text().replace("Hello", "Hallo", 1))
+    samples = np.frombuffer(sound.read_bytes()[44:], "<i2")
+    sound.write_bytes(sound.read_bytes()[:44] + (samples // 2).tobytes())
+    rehash(copy)
+    failed = [row for row in device_rows(plain, copy, packed, tmp_path / "report.json") if row.verdict is Verdict.FAIL]
+    assert [row.output.split(" on ")[0] for row in failed] == [
+        "golden chat", "golden sound", "golden picture and sound"
+    ]  # fmt: skip
+    assert all("[golden-mismatch]" in row.note for row in failed)
+    refused = subprocess.run(edgeexport_run(plain, copy, packed, "--check"), capture_output=True, text=True)
+    assert refused.returncode == 8 and refused.stderr.startswith("error[golden-mismatch]: ")
 
 
 @pytest.mark.real
@@ -167,8 +176,9 @@ def test_a_failure_is_in_the_report(plain: Path, bundle: Path, tmp_path: Path) -
     report = tmp_path / "report.json"
     missing = ["--onnxruntime", "nowhere.so", "--litert", "nowhere.so"]
     report.write_text(run([plain / "edgeexport-run", bundle, *missing, "--report"]))
-    (row,) = device_report.judge(device_report.read(report), open_bundle(bundle), report)
-    assert row.verdict is Verdict.FAIL and "[runtime-missing]" in row.note
+    chat, opened = device_report.judge(device_report.read(report), open_bundle(bundle), report)
+    assert chat.verdict is Verdict.PASS
+    assert opened.verdict is Verdict.FAIL and "[runtime-missing]" in opened.note
 
 
 @pytest.mark.real
@@ -245,8 +255,7 @@ def test_a_cut_artifact_is_refused_though_its_hash_fits(keep: float, plain: Path
     artifact = next(path for path in folder.iterdir() if path.suffix in {".tflite", ".onnx"})
     os.truncate(artifact, int(keep * artifact.stat().st_size))
     rehash(folder)
-    places = [part for name, path in libraries().items() for part in (f"--{name}", str(path))]
-    done = subprocess.run([plain / "edgeexport-run", folder, *places, "--verify"], capture_output=True, text=True)
+    done = subprocess.run(edgeexport_run(plain, folder, tmp_path, "--verify"), capture_output=True, text=True)
     assert done.returncode == 8
     assert "error[artifact-does-not-open]: " in done.stderr
 

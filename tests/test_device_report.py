@@ -102,6 +102,28 @@ def test_a_device_s_rows_stand_beside_the_ladder_s(
     assert MEASURED.split(";")[0] in page
 
 
+def test_a_row_names_what_was_replayed(bundle: Path, tmp_path: Path) -> None:
+    rows = [
+        {"level": "L1", "units": "cpu", "golden": "chat"},
+        {"level": "L1", "units": "cpu"},
+        {**row("L4", max_abs=0.0), "golden": "picture"},
+        {
+            "level": "L5",
+            "units": "cpu",
+            "golden": "sound",
+            "failure": {"code": "golden-mismatch", "what": "input.0.mel"},
+        },
+    ]
+    report = write(tmp_path / "report.json", a_report(bundle, rows=rows))
+    found = cli_import.merge(bundle, [report], tmp_path / "out")[-4:]
+    assert [(each.output, each.verdict) for each in found] == [
+        ("golden chat on cpu", Verdict.PASS),
+        ("opens on cpu", Verdict.PASS),
+        ("golden picture on all", Verdict.PASS),
+        ("golden sound on cpu", Verdict.FAIL),
+    ]
+
+
 def test_two_reports_and_the_same_bytes_each_time(bundle: Path, tmp_path: Path) -> None:
     one = write(tmp_path / "one.json", a_report(bundle))
     two = write(tmp_path / "two.json", a_report(bundle, device={"model": "iPhone17,1", "system": "iOS 26"}))
@@ -171,6 +193,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "nothing measured": lambda b: a_report(b, rows=[row("L4", kl=0.0)]),
     "no rows": lambda b: a_report(b, rows=[]),
     "many rows": lambda b: a_report(b, rows=[row("L1")] * 257),
+    "unseen name": lambda b: a_report(b, rows=[{**row("L1"), "golden": "\u202e"}]),
     "no such day": lambda b: a_report(b, date="2026-13-41T00:00:00Z"),
     "no date": lambda b: a_report(b, date="yesterday"),
     "no hash": lambda b: a_report(b) | {"bundle": "abc"},

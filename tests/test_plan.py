@@ -212,6 +212,9 @@ def test_build_cost_counts_layers_and_not_the_vocabulary() -> None:
     layers = 2 * (4 * 200 // 2)
     assert cost["memory_to_l3"] - cost["memory"] == layers
     assert cost["memory_with_ladder"] - cost["memory"] == max(layers, 2 * (1000 + 10))
+    for room, held in ((1000, 1000), (1 << 40, 4 * 1000)):
+        wide = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10}, room)
+        assert wide["memory_with_ladder"] - cost["memory"] == 2 * (1000 + 10) + held
 
 
 def test_headers_of_twenty_gigabytes_take_neither_torch_nor_memory(tmp_path: Path) -> None:

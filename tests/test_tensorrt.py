@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import shutil
 import sys
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
@@ -211,6 +213,19 @@ def compiled(found: Traced, scheme: str, component: str, folder: Path, **options
     )
 
 
+@pytest.fixture(scope="module")
+def built(zoo: Zoo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Artifact, Path]:
+    """A decoder in float16 with its engine, to be looked at."""
+    folder = tmp_path_factory.mktemp("built")
+    return compiled(zoo.traced("llama"), "fp16", "decoder", folder), folder
+
+
+@pytest.fixture
+def mine(built: tuple[Artifact, Path], tmp_path: Path) -> Path:
+    """A copy of those files, to be damaged."""
+    return Path(shutil.copytree(built[1], tmp_path / "mine"))
+
+
 @pytest.mark.parametrize(("name", "scheme"), [("llama", "int4-b32"), ("glm4v", "int8"), ("autoglm_phone", "fp16")])
 def test_every_component_becomes_an_engine(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
     found = zoo.traced(name)
@@ -242,30 +257,26 @@ def test_the_oldest_capability_has_a_file_of_its_own(zoo: Zoo, tmp_path: Path) -
         tensorrt_runner.check_engine(tmp_path / name)
 
 
-def test_two_builds_differ_in_the_engine_alone(zoo: Zoo, tmp_path: Path) -> None:
-    found = zoo.traced("llama")
-    one, two = (compiled(found, "fp16", "decoder", tmp_path / each) for each in ("one", "another"))
-    assert one == two
-    same = {
-        name: (tmp_path / "one" / name).read_bytes() == (tmp_path / "another" / name).read_bytes() for name in one.files
-    }
+def test_two_builds_differ_in_the_engine_alone(built: tuple[Artifact, Path], zoo: Zoo, tmp_path: Path) -> None:
+    one, folder = built
+    assert compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path) == one
+    same = {name: (folder / name).read_bytes() == (tmp_path / name).read_bytes() for name in one.files}
     assert {name for name, equal in same.items() if not equal} <= {"decoder.engine"}
-    assert not any(str(tmp_path).encode() in (tmp_path / "one" / name).read_bytes() for name in one.files)
+    assert not any(str(tmp_path).encode() in (tmp_path / name).read_bytes() for name in one.files)
 
 
 @pytest.mark.parametrize("damage", ["magic", "short", "other"])
-def test_a_damaged_engine_does_not_open(damage: str, zoo: Zoo, tmp_path: Path) -> None:
-    artifact = compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
-    file = tmp_path / "decoder.engine"
+def test_a_damaged_engine_does_not_open(damage: str, built: tuple[Artifact, Path], mine: Path) -> None:
+    file = mine / "decoder.engine"
     if damage == "magic":
         file.write_bytes(b"vtrs" + file.read_bytes()[4:])
     elif damage == "short":
         file.write_bytes(file.read_bytes()[:-1])
     else:
-        described = tmp_path / "decoder.engine.json"
+        described = mine / "decoder.engine.json"
         described.write_text(described.read_text().replace('"past_key.0"', '"past_key.9"'))
     with pytest.raises(errors.BundleError, match="artifact-does-not-open"):
-        tensorrt_runner.read_signature(tmp_path, artifact)
+        tensorrt_runner.read_signature(mine, built[0])
 
 
 def parsed_network(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
@@ -280,11 +291,9 @@ def parsed_network(folder: Path) -> tuple[Any, Any, dict[str, Any]]:
     return trt, network, {**plan, "kept": (logger, builder, parser)}
 
 
-def test_attention_as_the_parser_leaves_it_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    found = zoo.traced("llama")
-    compiled(found, "fp16", "decoder", tmp_path)
-    trt, network, plan = parsed_network(tmp_path)
-    layers = found.checkpoint.config["num_hidden_layers"]
+def test_attention_as_the_parser_leaves_it_is_refused(built: tuple[Artifact, Path], zoo: Zoo) -> None:
+    trt, network, plan = parsed_network(built[1])
+    layers = zoo.traced("llama").checkpoint.config["num_hidden_layers"]
     wrong = [*tensorrt_engine.lint(trt, network, plan)]
     assert len(wrong) == layers
     assert all("upper left" in each for each in wrong)
@@ -299,30 +308,52 @@ def test_attention_as_the_parser_leaves_it_is_refused(zoo: Zoo, tmp_path: Path) 
 
 
 def test_a_build_without_the_repair_ends_before_an_engine_is_written(
-    zoo: Zoo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    built: tuple[Artifact, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
-    trt, _, plan = parsed_network(tmp_path)
+    trt, _, plan = parsed_network(built[1])
     monkeypatch.setattr(tensorrt_engine, "repair", lambda *_: 0)
     with pytest.raises(tensorrt_engine.EngineError, match="upper left"):
-        tensorrt_engine.build(trt, tmp_path / "decoder.onnx", tmp_path / "new.engine", plan, [89])
+        tensorrt_engine.build(trt, built[1] / "decoder.onnx", tmp_path / "new.engine", plan, [89])
     assert not (tmp_path / "new.engine").exists()
 
 
-def test_a_cache_that_is_cast_before_it_is_written_is_refused(zoo: Zoo, tmp_path: Path) -> None:
-    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
-    trt, network, plan = parsed_network(tmp_path)
+def test_a_cache_that_is_cast_before_it_is_written_is_refused(built: tuple[Artifact, Path]) -> None:
+    trt, network, plan = parsed_network(built[1])
     tensorrt_engine.repair(trt, network, plan["lengths"])
     wrong = [*tensorrt_engine.lint(trt, network, {**plan, "state": [["past_key.0/cast", "present_key.0"]]})]
     assert any("no input whose update" in each for each in wrong)
 
 
-def test_what_tensorrt_says_is_what_the_user_reads(zoo: Zoo, tmp_path: Path) -> None:
-    compiled(zoo.traced("llama"), "fp16", "decoder", tmp_path)
-    (tmp_path / "decoder.onnx").write_bytes(b"no graph")
-    plan = json.loads((tmp_path / "decoder.build_plan.json").read_bytes())
+def test_the_builder_lets_go_of_the_weights_that_it_has_mapped(mine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Linux's own count of a mapping's resident pages; and what they hold is read again from the file."""
+    file = mine / "decoder.onnx.data"
+    held = file.read_bytes()
+    with file.open("rb") as opened_file, mmap.mmap(opened_file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
+
+        def resident() -> int:
+            blocks = Path("/proc/self/smaps").read_text().split(f"{file}\n")[1:]
+            return sum(int(block.split("Rss:")[1].split()[0]) for block in blocks)
+
+        assert mapped[:] == held
+        assert resident() > 0
+        assert tensorrt_engine.release(file) >= len(held)
+        assert resident() == 0
+        assert mapped[:] == held
+    assert tensorrt_engine.release(file) == 0
+    released: list[Path] = []
+    monkeypatch.setattr(tensorrt_engine, "release", released.append)
+    (plan,) = json.loads((mine / "decoder.build_plan.json").read_bytes())["graphs"]
+    trt = tensorrt_engine.load(tensorrt.MODULE)
+    tensorrt_engine.build(trt, mine / "decoder.onnx", mine / "decoder.engine", plan, [89])
+    assert set(released) == {file}
+    tensorrt_runner.check_engine(mine / "decoder.engine")
+
+
+def test_what_tensorrt_says_is_what_the_user_reads(mine: Path) -> None:
+    (mine / "decoder.onnx").write_bytes(b"no graph")
+    plan = json.loads((mine / "decoder.build_plan.json").read_bytes())
     with pytest.raises(errors.LoweringError, match="engine-not-built") as caught:
-        tensorrt.build_engines(plan, tmp_path, "decoder")
+        tensorrt.build_engines(plan, mine, "decoder")
     assert "parse" in caught.value.findings[0].why.lower()
 
 

@@ -71,7 +71,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(schemes=("palette4",), splits=True)
+TRAITS = Traits(schemes=("palette4",), splits=True, widens=1 << 30)  # coreml_interpreter.ROOM
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ is to be built is a build plan (JSON): see `build`.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import importlib
 import json
@@ -21,6 +22,7 @@ MODULES = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
 APART = 75
 """The one compute capability that shares no file with others: newer ones have another instruction set."""
 READ_BYTES = 1 << 20
+MADV_DONTNEED = 4
 
 
 class EngineError(Exception):
@@ -80,6 +82,8 @@ def build(
         raise EngineError("; ".join(wrong))
     config = _config(trt, builder, network, plan, capabilities)
     cache = _attach_timing_cache(config, timing_cache)
+    if plan["weights"] and hasattr(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt, graph.with_name(plan["weights"]))
     if not _write(trt, builder, network, config, engine):
         engine.unlink(missing_ok=True)
         raise EngineError("; ".join(log.problems[-3:]) or "the builder gives no reason")
@@ -220,6 +224,39 @@ def _write(trt: Any, builder: Any, network: Any, config: Any, engine: Path) -> b
                 return file.write(data)
 
         return bool(builder.build_serialized_network_to_stream(network, config, Stream()))
+
+
+def _monitor(trt: Any, weights: Path) -> Any:
+    """Lets go of the pages of the weights' file after each phase: a builder maps the file, copies what it needs, and
+    keeps all of it resident. A page that is read again comes back from the file."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+
+        def phase_start(self, name: str, parent: str | None, steps: int) -> None:
+            pass
+
+        def step_complete(self, name: str, step: int) -> bool:
+            return True
+
+        def phase_finish(self, name: str) -> None:
+            release(weights)
+
+    return Monitor()
+
+
+def release(file: Path) -> int:
+    """Let go of the resident pages of every read-only mapping of a file; returns the bytes mapped. Linux; elsewhere
+    nothing happens."""
+    maps, name, found = Path("/proc/self/maps"), str(file.resolve()), 0
+    for line in maps.read_text().splitlines() if maps.exists() else []:
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] == name and fields[1].startswith("r--"):
+            start, stop = (int(number, 16) for number in fields[0].split("-"))
+            found += stop - start
+            ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), MADV_DONTNEED)
+    return found
 
 
 def _log(trt: Any) -> Any:

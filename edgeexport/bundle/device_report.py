@@ -1,7 +1,7 @@
 """Reads what a device measured over a bundle's golden vectors, and judges it by the bundle's own gates.
 
-A report is JSON of schema edgeexport.device-parity/1, as ios_runtime's edgeexport-parity writes it. It holds
-measurements and failures, and no verdicts: those are made here. docs/coreml.md describes every field.
+A report is JSON of schema edgeexport.device-parity/1, as ios_runtime's edgeexport-parity and android_runtime write it. It
+holds measurements and failures, and no verdicts: those are made here. docs/coreml.md describes every field.
 """
 
 from __future__ import annotations
@@ -53,10 +53,13 @@ class Metrics(Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=Tru
 
 
 class Row(Struct, frozen=True, forbid_unknown_fields=True):
-    """One level on one choice of compute units. L1 has no metrics: the artifact opened."""
+    """One level on one choice of compute units. L1 has no metrics: the artifact opened. `golden` names what was
+    replayed: "text" where nothing is said, a prompt with pictures or sound, or, at L1, "chat": conversations that gave
+    the same text and tokens."""
 
     level: Literal["L1", "L4", "L5"]
     units: Label
+    golden: Label | None = None
     metrics: Metrics = Metrics()
     failure: Failure | None = None
 
@@ -97,6 +100,7 @@ def read(path: Path) -> DeviceReport:
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
         raise errors.parity_report_bad(path, str(error)) from error
     labels = [report.component, report.device.model, report.device.system, *(row.units for row in report.rows)]
+    labels += [row.golden for row in report.rows if row.golden]
     labels += [text for row in report.rows if row.failure for text in (row.failure.code, row.failure.what)]
     for label in labels:
         if any(unicodedata.category(character).startswith("C") for character in label):
@@ -130,7 +134,8 @@ def _judged(report: DeviceReport, row: Row, bundle: Bundle, where: Path) -> Pari
     metric = JUDGED.get(row.level)
     limit = gates[metric] if metric is not None else None
     gate = {metric: limit} if metric is not None and limit is not None else {}
-    output = f"{'opens' if metric is None else 'golden text'} on {row.units}"
+    golden = row.golden or (None if metric is None else "text")
+    output = f"{f'golden {golden}' if golden else 'opens'} on {row.units}"
     if row.failure is not None:
         verdict = Verdict.FAIL
         note = f"{note}; [{row.failure.code}] {row.failure.what}"

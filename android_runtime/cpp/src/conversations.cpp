@@ -8,6 +8,11 @@
 #include "errors.h"
 
 namespace edgeexport {
+namespace {
+
+constexpr std::size_t kMaxBytes = std::size_t{1} << 24;
+
+}  // namespace
 
 void checkConversations(std::string_view json, const ChatTemplate& chat, const Tokenizer& tokenizer) {
   constexpr const char* kWhere = "golden/chat.json";
@@ -25,6 +30,18 @@ void checkConversations(std::string_view json, const ChatTemplate& chat, const T
   } catch (const JsonError& error) {
     throw errors::goldenUnusable(kWhere, error.what());
   }
+}
+
+bool checkConversations(const Bundle& bundle) {
+  const Manifest& manifest = bundle.manifest();
+  const std::optional<std::string>& file = manifest.golden.chat;
+  if (!file || manifest.files.count(Tokenizer::kFile) == 0 || manifest.files.count(ChatTemplate::kFile) == 0) {
+    return false;
+  }
+  checkConversations(bundle.read(*file, kMaxBytes),
+                     ChatTemplate::parse(bundle.read(ChatTemplate::kFile, ChatTemplate::kMaxBytes)),
+                     Tokenizer::parse(bundle.read(Tokenizer::kFile, Tokenizer::kMaxBytes)));
+  return true;
 }
 
 }  // namespace edgeexport

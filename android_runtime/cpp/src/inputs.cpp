@@ -22,11 +22,14 @@ std::size_t rowsOf(const std::vector<Features>& features) {
 
 }  // namespace
 
+Preprocess contractOf(const Bundle& bundle) {
+  const std::optional<std::string>& file = bundle.manifest().preprocess;
+  if (!file) throw errors::bundleBadPreprocess(bundle.folder(), "the manifest does not name one");
+  return Preprocess::parse(bundle.read(*file, Preprocess::kMaxBytes));
+}
+
 Inputs::Inputs(const Bundle& bundle, const RuntimeOptions& options, std::size_t width, std::size_t context)
-    : bundle_(bundle), options_(options), width_(width) {
-  const std::string where = bundle.folder() + "/" + bundle.manifest().preprocess.value_or("preprocess.json");
-  if (!bundle.manifest().preprocess) throw errors::bundleBadPreprocess(where, "the manifest does not name one");
-  contract_ = Preprocess::parse(bundle.read(*bundle.manifest().preprocess, Preprocess::kMaxBytes));
+    : bundle_(bundle), options_(options), width_(width), contract_(contractOf(bundle)) {
   ropeAt_.resize(context + 1);
   std::iota(ropeAt_.begin(), ropeAt_.end(), 0);
   embedInputs_ = {{"input_ids", TensorView::Type::kInt64, {1, 0}, nullptr}};

@@ -134,11 +134,14 @@ Component component(const Json& found, const std::map<std::string, FileEntry>& f
 Golden golden(const Json& found) {
   Golden made;
   made.file = optionalText(found, "file");
+  made.chat = optionalText(found, "chat");
   if (const Json* reason = found.find("not_run")) made.notRun = reason->string();
   made.shown = listed<Golden::Case>(found, "shown", [](const Json& each) {
     return Golden::Case{text(each, "name"), text(each, "file"),
                         listed<Golden::Medium>(each, "media", [](const Json& medium) {
-                          return Golden::Medium{text(medium, "kind"), text(medium, "file")};
+                          const std::string kind = text(medium, "kind");
+                          if (kind != "image" && kind != "audio") refuse("a medium is of another kind: " + kind);
+                          return Golden::Medium{kind, text(medium, "file")};
                         })};
   });
   if (const Json* gates = found.find("gates")) {
@@ -171,7 +174,9 @@ Manifest manifest(const Json& found) {
     if (made.component(made.components[i].name) != &made.components[i]) refuse("two components have the same name");
   }
   made.golden = golden(found.at("golden"));
-  if (made.golden.file && made.files.count(*made.golden.file) == 0) refuse("golden names a file that is not listed");
+  for (const auto& file : {made.golden.file, made.golden.chat}) {
+    if (file && made.files.count(*file) == 0) refuse("golden names a file that is not listed: " + *file);
+  }
   for (const Golden::Case& each : made.golden.shown) {
     if (made.files.count(each.file) == 0) refuse("golden names a file that is not listed: " + each.file);
   }

@@ -14,6 +14,7 @@
 #include "edgeexport/json.h"
 #include "edgeexport/safetensors.h"
 #include "edgeexport/sha256.h"
+#include "golden_media.h"
 #include "tflite_check.h"
 
 namespace {
@@ -120,11 +121,45 @@ void testManifest() {
   }
 }
 
+std::string little(std::uint32_t value, std::size_t size = 4) {
+  return std::string(reinterpret_cast<const char*>(&value), size);  // this machine's order is the file's
+}
+
+// Two rows of three pixels, each filled up to twelve bytes.
+std::string bitmap() {
+  std::string made = "BM" + little(78) + little(0) + little(54) + little(40) + little(3) + little(2) + little(1, 2) +
+                     little(24, 2) + std::string(24, '\0');
+  for (char byte = 0; byte < 24; ++byte) made.push_back(byte);
+  return made;
+}
+
+std::string wave() {
+  return "RIFF" + little(40) + "WAVEfmt " + little(16) + little(1, 2) + little(1, 2) + little(16000) + little(32000) +
+         little(2, 2) + little(16, 2) + "data" + little(4) + little(0x8000, 2) + little(0x4000, 2);
+}
+
+void testMedia() {
+  const edgeexport::GoldenPicture picture = edgeexport::readBitmap(bitmap(), "");
+  CHECK(picture.height == 2 && picture.width == 3);
+  CHECK((picture.rgb == std::vector<std::uint8_t>{14, 13, 12, 17, 16, 15, 20, 19, 18, 2, 1, 0, 5, 4, 3, 8, 7, 6}));
+  const edgeexport::GoldenSound sound = edgeexport::readWave(wave(), "");
+  CHECK(sound.rate == 16000);
+  CHECK((sound.samples == std::vector<float>{-1.0F, 0.5F}));
+  for (std::size_t cut = 0; cut < bitmap().size(); ++cut) {
+    CHECK(codeOf([&] { edgeexport::readBitmap(bitmap().substr(0, cut), ""); }) == "golden-unusable");
+  }
+  for (std::size_t cut = 0; cut < wave().size(); ++cut) {
+    CHECK(codeOf([&] { edgeexport::readWave(wave().substr(0, cut), ""); }) == "golden-unusable");
+  }
+}
+
 // Feeds one text to every reader: each reads or refuses it.
 void readAll(const std::string& text) {
   isJson(text);
   isSafetensors(text);
   codeOf([&] { Manifest::parse(text, "mutated"); });
+  codeOf([&] { edgeexport::readBitmap(text, "mutated"); });
+  codeOf([&] { edgeexport::readWave(text, "mutated"); });
   edgeexport::tfliteDamage(text.data(), text.size());
 }
 
@@ -156,8 +191,9 @@ int main(int count, char** values) {
   testSha256();
   testSafetensors();
   testManifest();
+  testMedia();
   std::vector<std::string> seeds = {"{\"a\": [1, -2.5e1, true, null], \"b\": {\"c\": \"\\u00e9\\ud83d\\ude00\"}}",
-                                    safetensors(kTensor, std::string(8, '\1'))};
+                                    safetensors(kTensor, std::string(8, '\1')), bitmap(), wave()};
   for (int i = 1; i < count; ++i) {
     std::ifstream file(values[i], std::ios::binary);
     seeds.emplace_back(std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>());

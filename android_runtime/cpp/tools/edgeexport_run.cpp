@@ -3,6 +3,8 @@
 //   --tokens 1,2,3     a prompt's token ids; may be given several times, each is answered by itself
 //   --picture FILE HEIGHT WIDTH, --sound FILE RATE
 //                      raw RGB bytes, or raw float32 samples, that every prompt shows, in order
+//   --keep N           prompts after the first go behind the first N tokens of what is in the cache, and show nothing
+//   --logits FILE      where the logits go that each token was chosen from: raw float32, one answer after the other
 //   --max-tokens N     length of each answer (16); a stop id ends it
 //   --threads N        0: the runtime chooses
 //   --onnxruntime PATH, --litert PATH, --cache FOLDER
@@ -14,6 +16,7 @@
 #include <fstream>
 #include <iostream>
 #include <iterator>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -40,6 +43,8 @@ struct Arguments {
   std::string bundle;
   std::vector<Medium> media;
   std::vector<std::vector<std::int32_t>> prompts;
+  std::optional<std::int64_t> keep;
+  std::string logits;
   std::size_t maxTokens = 16;
   bool check = false;
   bool report = false;
@@ -75,6 +80,10 @@ Arguments parse(int count, char** values) {
     } else if (name == "--sound") {
       const std::string file = value();
       made.media.push_back({false, file, number(value()), 0});
+    } else if (name == "--keep") {
+      made.keep = number(value());
+    } else if (name == "--logits") {
+      made.logits = value();
     } else if (name == "--max-tokens") {
       made.maxTokens = static_cast<std::size_t>(number(value()));
     } else if (name == "--threads") {
@@ -130,28 +139,37 @@ edgeexport::Features encoded(Session& session, const Medium& medium) {
   return session.encodeAudio({samples.data(), samples.size(), medium.first});
 }
 
-// One answer as JSON: its tokens, and of each decoded token the whole time and the runtime's share of it.
+// One answer as JSON: its tokens, and of each decoded token the whole time and the runtime's share of it. With `logits`
+// those that each token was chosen from are written there.
 void answer(const edgeexport::Bundle& bundle, Session& session, const std::vector<std::int32_t>& given,
-            const std::vector<edgeexport::Features>& features, std::size_t limit) {
-  session.reset();
+            const std::vector<edgeexport::Features>& features, std::size_t limit, std::ofstream* logits) {
+  std::vector<float> row(logits == nullptr ? 0 : session.vocab());
+  float* to = row.empty() ? nullptr : row.data();
+  const auto choose = [&] {
+    if (logits != nullptr) {
+      logits->write(reinterpret_cast<const char*>(to), static_cast<std::streamsize>(row.size() * sizeof(float)));
+    }
+    return session.greedy();
+  };
   const double started = seconds();
   const std::vector<std::int32_t> prompt = session.expand(given, features);
-  session.prefill(prompt.data(), prompt.size(), nullptr, features);
+  session.prefill(prompt.data(), prompt.size(), to, features);
   const double prefilled = seconds();
+  const std::size_t first = session.position();
   const double runtimeBefore = session.runtimeSeconds();
   std::vector<std::int32_t> tokens;
-  std::int32_t token = session.greedy();
+  std::int32_t token = choose();
   while (!stops(bundle, token)) {
     tokens.push_back(token);
     if (tokens.size() == limit || session.position() == session.context()) break;
-    session.decode(token, nullptr);
-    token = session.greedy();
+    session.decode(token, to);
+    token = choose();
   }
   const double whole = seconds() - prefilled;
   const double runtime = session.runtimeSeconds() - runtimeBefore;
   std::cout << "{\"tokens\": [";
   for (std::size_t i = 0; i < tokens.size(); ++i) std::cout << (i == 0 ? "" : ", ") << tokens[i];
-  std::cout << "], \"prefill_seconds\": " << prefilled - started << ", \"decoded\": " << session.position() - prompt.size()
+  std::cout << "], \"prefill_seconds\": " << prefilled - started << ", \"decoded\": " << session.position() - first
             << ", \"decode_seconds\": " << whole << ", \"runtime_seconds\": " << runtime << "}";
 }
 
@@ -172,10 +190,15 @@ void run(const Arguments& arguments) {
   }
   std::vector<edgeexport::Features> features;
   for (const Medium& each : arguments.media) features.push_back(encoded(*session, each));
+  std::ofstream logits;
+  if (!arguments.logits.empty()) logits.open(arguments.logits, std::ios::binary);
   std::cout << ", \"answers\": [";
   for (std::size_t i = 0; i < arguments.prompts.size(); ++i) {
     std::cout << (i == 0 ? "\n" : ",\n");
-    answer(bundle, *session, arguments.prompts[i], features, arguments.maxTokens);
+    const bool kept = i > 0 && arguments.keep;
+    session->truncate(kept ? *arguments.keep : 0);
+    answer(bundle, *session, arguments.prompts[i], kept ? std::vector<edgeexport::Features>() : features,
+           arguments.maxTokens, logits.is_open() ? &logits : nullptr);
   }
   std::cout << "]}\n";
 }
@@ -187,9 +210,9 @@ int main(int count, char** values) {
   try {
     arguments = parse(count, values);
   } catch (const std::logic_error& problem) {
-    std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] "
-                 "[--max-tokens N] [--threads N] [--onnxruntime PATH] "
-                 "[--litert PATH] [--cache FOLDER] [--check] [--report] [--verify]: not understood: "
+    std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] [--keep N] "
+                 "[--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] [--cache FOLDER] "
+                 "[--check] [--report] [--verify]: not understood: "
               << problem.what() << "\n";
     return 2;
   }

@@ -67,6 +67,7 @@ struct Golden {
     std::vector<Medium> media;
   };
   std::optional<std::string> file;  // of text alone
+  std::optional<std::string> chat;  // conversations
   std::vector<Case> shown;          // of pictures and sound
   std::optional<double> maxAbs;     // gates
   std::optional<double> kl;

@@ -36,10 +36,13 @@ struct Features {
   std::size_t gridColumns = 0;
 };
 
+// A bundle's preprocess.json. Throws bundle-bad-preprocess, and what Bundle::read throws.
+Preprocess contractOf(const Bundle& bundle);
+
 // The way into one model. Calls come from one thread at a time.
 class Inputs {
  public:
-  // Opens the embedding of a bundle that has a preprocess.json. Throws bundle-bad-preprocess, and what openGraph throws.
+  // Opens the embedding of a bundle that has a preprocess.json. Throws what contractOf and openGraph throw.
   Inputs(const Bundle& bundle, const RuntimeOptions& options, std::size_t width, std::size_t context);
   ~Inputs();
 
@@ -72,7 +75,7 @@ class Inputs {
   const Bundle bundle_;
   const RuntimeOptions options_;
   const std::size_t width_;
-  Preprocess contract_;
+  const Preprocess contract_;
   std::map<std::string, std::unique_ptr<GraphEngine>> graphs_;
   double seconds_ = 0;
 

@@ -1,0 +1,309 @@
+// Checks of the Kotlin API, run on a JVM against a bundle: `ChecksKt NAME BUNDLE ONNXRUNTIME LITERT CACHE [TOKENS]`.
+package dev.edgeexport
+
+import android.content.Context
+import android.os.PowerManager
+import android.os.SystemClock
+import java.io.File
+import java.util.concurrent.atomic.AtomicInteger
+import kotlin.concurrent.thread
+import kotlinx.coroutines.CoroutineStart
+import kotlinx.coroutines.Dispatchers
+import kotlinx.coroutines.async
+import kotlinx.coroutines.cancelAndJoin
+import kotlinx.coroutines.delay
+import kotlinx.coroutines.flow.collect
+import kotlinx.coroutines.flow.take
+import kotlinx.coroutines.flow.toList
+import kotlinx.coroutines.launch
+import kotlinx.coroutines.runBlocking
+import kotlinx.coroutines.yield
+
+class Given(arguments: Array<String>) {
+    val bundle = arguments[1]
+    val options = EdgeOptions().threads(2).onnxruntime(arguments[2]).litert(arguments[3]).cacheFolder(arguments[4])
+    val prompt = (arguments.getOrNull(5) ?: "5,6,7,8").split(",").map { it.toInt() }.toIntArray()
+
+    suspend fun open() = EdgeSession.open(bundle, options)
+    fun blocking(): BlockingSession = BlockingSession.open(bundle, options)
+}
+
+fun expect(wanted: Any?, found: Any?) = check(wanted == found) { "expected $wanted, found $found" }
+
+/** The code of what is thrown, or "" where nothing is. */
+inline fun code(action: () -> Unit): String = try {
+    action()
+    ""
+} catch (problem: EdgeException) {
+    for (part in listOf(problem.what, problem.where, problem.why, problem.fix)) {
+        check(part.isNotEmpty() && part in problem.message!!) { "$problem does not say everything" }
+    }
+    problem.code
+}
+
+/** Prints an answer's ids, its text as hexadecimal UTF-8, and why it ended. */
+suspend fun answer(given: Given) = given.open().use { session ->
+    session.selfCheck()
+    expect(0, session.position)
+    var reason: FinishReason? = null
+    val tokens = session.answer(given.prompt, maxTokens = 16, onEnd = { reason = it }).toList()
+    println(tokens.filter { it.id != Token.NO_ID }.joinToString(",") { it.id.toString() })
+    println(tokens.joinToString("") { it.text }.toByteArray().joinToString("") { "%02x".format(it) })
+    println(reason)
+    session.reset()
+    val sampling = Sampling.GREEDY.temperature(0.8).topP(0.9).topK(40).seed(7)
+    println(session.answer(given.prompt, sampling = sampling, maxTokens = 16).toList().joinToString(",") { "${it.id}" })
+}
+
+/** Prints a conversation's tokens, and what they read. */
+fun text(given: Given) = given.blocking().use { session ->
+    val prompt = session.prompt(Message.system("Be brief."), Message.user("Grüße 👋🏽"))
+    println(prompt.joinToString(","))
+    expect(session.render(Message.system("Be brief."), Message.user("Grüße 👋🏽")), session.detokenize(prompt, false))
+    expect("bad-text", code { session.tokenize("half a pair: \uD83D", false) })
+    expect("chat-template-failed", code { session.render(Message.assistant("I begin."), Message.assistant("Twice.")) })
+}
+
+/** A collector that stops leaves the session where it was, at once free for the next answer. */
+suspend fun cancel(given: Given) = given.open().use { session ->
+    val size = given.prompt.size
+    for (round in 1..20) {
+        session.reset()
+        val taken = session.answer(given.prompt, maxTokens = 64).take(3).toList()
+        expect(3, taken.size)
+        val stopped = session.position
+        check(stopped in size + 2..size + 3) { "it went on to $stopped" }
+        delay(5)
+        expect(stopped, session.position)
+    }
+    for (round in 1..20) {
+        session.reset()
+        val received = AtomicInteger()
+        runBlocking {
+            val job = launch(Dispatchers.Default) {
+                session.answer(given.prompt, maxTokens = 64).collect { received.incrementAndGet() }
+            }
+            while (received.get() < 2) yield()
+            job.cancelAndJoin()
+        }
+        val stopped = session.position
+        check(stopped <= size + received.get() + 1) { "after ${received.get()} tokens it went on to $stopped" }
+        expect("", code { session.truncate(stopped) })  // nothing runs any more
+    }
+    val reached = runBlocking { // an answer that waits for its governor is cancelled in its sleep
+        session.reset()
+        session.govern(GovernorPolicy(1.0).steps(0.0001, 2.0).rates(0.0001, 1.0))
+        session.report(0.0, 2.0)
+        val received = AtomicInteger()
+        val job = launch(Dispatchers.Default) {
+            session.answer(given.prompt, maxTokens = 64).collect { received.incrementAndGet() }
+        }
+        while (received.get() < 1) yield()
+        job.cancelAndJoin()
+        received.get()
+    }
+    expect(1, reached)
+}
+
+suspend fun misuse(given: Given) {
+    expect("bundle-not-found", code { EdgeSession.open("/nowhere/at/all") })
+    expect("bundle-not-found", code { EdgeSession.verify("/nowhere/at/all") })
+    expect("runtime-missing", code { EdgeSession.open(given.bundle, given.options.onnxruntime("x.so").litert("x.so")) })
+    EdgeSession.verify(given.bundle)
+    check("\"measured\"" in EdgeSession.deviceReport(given.bundle, given.options, "JVM", "Linux") ||
+        "JVM" in EdgeSession.deviceReport(given.bundle, given.options, "JVM", "Linux"))
+    val session = given.open()
+    val prompt = given.prompt
+    val huge = IntArray(50_000_000) { 1 }
+    suspend fun answered(tokens: IntArray, sampling: Sampling = Sampling.GREEDY, most: Int = 4) =
+        code { session.answer(tokens, sampling = sampling, maxTokens = most).collect() }
+    expect("bad-token", answered(intArrayOf()))
+    expect("bad-token", answered(intArrayOf(1, -1)))
+    expect("bad-token", answered(intArrayOf(session.vocab)))
+    expect("context-full", answered(huge))
+    expect("bad-sampling", answered(prompt, most = 0))
+    expect("bad-sampling", answered(prompt, Sampling.GREEDY.temperature(Double.NaN)))
+    expect("bad-sampling", answered(prompt, Sampling.GREEDY.topK(-1)))
+    expect("bad-sampling", answered(prompt, Sampling.GREEDY.seed(-1)))
+    expect("bad-truncate", code { session.truncate(1) })
+    expect("bad-truncate", code { session.truncate(-1) })
+    expect("modality-missing", code { session.encodeImage(ByteArray(12), 2, 2) })
+    expect("not-an-image", code { session.encodeImage(ByteArray(12), Int.MAX_VALUE, Int.MAX_VALUE) })
+    expect("not-an-image", code { session.encodeImage(ByteArray(12), -2, -2) })
+    expect("modality-missing", code { session.encodeAudio(FloatArray(16), 16000) })
+    expect("modality-missing", code { session.answer(prompt, listOf(Features("vision", 1, 2, FloatArray(2), 1, 1))).collect() })
+    expect("bad-argument", code { session.answer(prompt, listOf(Features("vision", 9, 9, FloatArray(2), 1, 1))).collect() })
+    expect("bad-policy", code { session.govern(GovernorPolicy(-1.0)) })
+    expect(0, session.position)
+    session.close()
+    session.close()
+    expect("session-closed", answered(prompt))
+    expect("session-closed", code { session.reset() })
+    expect("session-closed", code { session.context })
+    expect("session-closed", code { session.prompt(Message.user("?")) })
+    expect("session-closed", code { session.report(0.0, 1.0) })
+
+    given.blocking().use { blocking ->
+        expect("bad-token", code { blocking.greedy() })
+        expect("bad-argument", code { blocking.prefill(prompt, FloatArray(3)) })
+        expect("bad-argument", code { blocking.prefill(prompt, FloatArray(blocking.vocab() + 1)) })
+        expect("context-full", code { blocking.prefill(huge, null) })
+        val first = blocking.answer(prompt, Sampling.GREEDY, 8)
+        expect(null, first.finishReason())
+        first.next()
+        blocking.decode(1, null)
+        expect("answer-interrupted", code { first.next() })
+        blocking.reset()
+        val second = blocking.answer(prompt, Sampling.GREEDY, 8)
+        expect("answer-interrupted", code { first.next() })
+        second.next()
+    }
+    for (handle in longArrayOf(0, -1, 1, 12345, Long.MAX_VALUE, Long.MIN_VALUE)) {
+        expect("session-closed", code { Native.decode(handle, 1, null) })
+        expect("session-closed", code { Native.next(handle, 1, arrayOfNulls(1)) })
+        expect("", code { Native.close(handle) })
+    }
+}
+
+/** Calls from several threads: each is made or refused, and those that were made are in the cache. */
+fun threads(given: Given) {
+    repeat(20) {
+        given.blocking().use { session ->
+            val made = AtomicInteger()
+            val refused = AtomicInteger()
+            List(4) {
+                thread {
+                    val logits = FloatArray(session.vocab())
+                    for (k in 0 until 30) {
+                        when (val found = code { session.decode(k % 17, logits) }) {
+                            "" -> made.incrementAndGet()
+                            "session-busy" -> refused.incrementAndGet()
+                            else -> expect("context-full", found)
+                        }
+                        code { session.greedy() }
+                        code { session.report(k.toDouble(), 0.5) }
+                    }
+                }
+            }.forEach { it.join() }
+            expect(made.get(), session.position())
+        }
+    }
+}
+
+/** Sessions that are closed while they decode, by another thread, and twice. */
+fun close(given: Given) {
+    repeat(20) { round ->
+        val session = given.blocking()
+        var last = ""
+        val decoding = thread {
+            while (last.isEmpty()) {
+                last = code {
+                    session.prefill(given.prompt, null)
+                    while (session.position() < session.context()) session.decode(session.greedy(), null)
+                    session.reset()
+                }
+            }
+        }
+        Thread.sleep(round.toLong())
+        val other = thread { session.close() }
+        session.close()
+        other.join()
+        decoding.join()
+        expect("session-closed", last)
+    }
+    runBlocking {
+        val session = given.open()
+        val received = AtomicInteger()
+        val collecting = async(Dispatchers.Default) {
+            code { while (true) { session.reset(); session.answer(given.prompt, maxTokens = 64).collect { received.incrementAndGet() } } }
+        }
+        while (received.get() < 2) yield()
+        session.close()
+        expect("session-closed", collecting.await())
+    }
+}
+
+/** Kilobytes of memory that this process holds. */
+fun resident(): Int = Regex("VmRSS:\\s+(\\d+)").find(File("/proc/self/status").readText())!!.groupValues[1].toInt()
+
+/** Threads of this process: each open session has one of its own beside the caller's. */
+fun running(): Int = File("/proc/self/task").list()!!.size
+
+/** Opens, answers, failures and cancelled opens, over and over: nothing stays. */
+suspend fun leaks(given: Given) {
+    suspend fun round() {
+        repeat(20) {
+            given.open().use { session ->
+                session.answer(given.prompt, maxTokens = 4).collect()
+                code { session.answer(intArrayOf(-1)).collect() }
+            }
+            runBlocking {
+                val opening = launch(start = CoroutineStart.UNDISPATCHED) { given.open().close() }
+                delay(1)
+                opening.cancelAndJoin()
+            }
+        }
+        System.gc()
+    }
+    repeat(3) { round() }
+    val memory = resident()
+    val threads = running()
+    repeat(6) { round() }
+    println("after 240 sessions: ${resident() - memory} kB and ${running() - threads} threads more")
+    check(resident() - memory < 12_000) { "memory was not given back" }
+    check(running() - threads < 20) { "sessions were not given back" }
+}
+
+suspend fun governed(given: Given) = given.open().use { session ->
+    expect(1.0, session.report(0.0, 5.0)) // nobody governs yet
+    session.govern(GovernorPolicy(1.0))
+    expect(1.0, session.report(0.0, 0.5))
+    expect(0.8, session.report(1.0, 0.95))
+    expect(1.0, BlockingSession.loadOfStatus(0).let { if (it < 0.7) 1.0 else it })
+    given.blocking().use { blocking ->
+        blocking.govern(GovernorPolicy(1.0).steps(0.5, 2.0).rates(0.1, 1.0).patience(0.0, 1.0).band(0.5, 0.9))
+        repeat(2) { blocking.report(it.toDouble(), 2.0) }
+        val answer = blocking.answer(given.prompt, Sampling.GREEDY, 8)
+        answer.next()
+        val started = System.nanoTime()
+        val paused = answer.pauseNanos()
+        check(paused > 0) { "a quarter of the rate, and no pause" }
+        answer.next()
+        check(System.nanoTime() - started >= paused) { "it did not wait" }
+    }
+}
+
+/** Android's readings reach the governor, and end with the session. */
+fun thermal(given: Given) = runBlocking {
+    val session = given.open()
+    val power = PowerManager()
+    SystemClock.nanos = 1
+    val readings = ThermalReadings(Context(power), session, this)
+    delay(50)
+    expect(1, power.asked)
+    expect(1.0, session.report(1.0, 0.8)) // cool, so far: headroom NaN, status none
+    readings.close()
+    for ((status, headroom) in listOf(PowerManager.THERMAL_STATUS_SEVERE to Float.NaN, 0 to 1.2f)) {
+        SystemClock.nanos += 100_000_000_000
+        power.status = status
+        power.headroom = headroom
+        ThermalReadings(Context(power), session, this).use { delay(50) }
+        expect(0.8, session.report(SystemClock.nanos / 1e9 + 1, 0.8))
+    }
+    ThermalReadings(Context(power), session, this)
+    session.close() // the loop of these readings ends by itself, else this scope would wait for it
+}
+
+val CHECKS: Map<String, suspend (Given) -> Unit> = mapOf(
+    "answer" to ::answer,
+    "text" to { text(it) },
+    "cancel" to ::cancel,
+    "misuse" to ::misuse,
+    "threads" to { threads(it) },
+    "close" to { close(it) },
+    "leaks" to ::leaks,
+    "governed" to ::governed,
+    "thermal" to { thermal(it) },
+)
+
+fun main(arguments: Array<String>) = runBlocking { CHECKS.getValue(arguments[0])(Given(arguments)) }

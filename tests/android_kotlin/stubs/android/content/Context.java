@@ -1,0 +1,18 @@
+package android.content;
+
+import android.os.PowerManager;
+
+/** As much of Android's class as ThermalReadings uses, for a JVM. */
+public class Context {
+    public static final String POWER_SERVICE = "power";
+
+    private final PowerManager power;
+
+    public Context(PowerManager power) {
+        this.power = power;
+    }
+
+    public Object getSystemService(String name) {
+        return name.equals(POWER_SERVICE) ? power : null;
+    }
+}
