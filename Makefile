@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden android bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
+.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -40,10 +40,24 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The native loader against Python's session; under the sanitizers with the real runtimes too.
-android: setup
-	@for tool in g++ cmake; do command -v $$tool > /dev/null || { echo "no $$tool: apt-get install $$tool"; exit 7; }; done
-	$(BIN)/python -m pytest -q -s -n 0 tests/test_android_runtime.py tests/test_android_tokens.py tests/test_android_parts.py
+# What the tests of the loader's Kotlin API and of emulated ARM need beside Debian's packages.
+ANDROID_TOOLS := build/android/tools
+android-tools: setup
+	@command -v npm > /dev/null || { echo "no npm: apt-get install npm"; exit 7; }
+	npm install --silent --no-audit --no-fund --prefix $(ANDROID_TOOLS) kotlin-compiler@2.4.20
+	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('onnxruntime'))"); \
+	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(ANDROID_TOOLS) \
+	  --platform manylinux_2_28_aarch64 --only-binary=:all: onnxruntime==$$version
+
+# The native loader against Python's session: here, under the sanitizers, on emulated ARM, from Kotlin and Java; and
+# compiled for Android's processors.
+android: android-tools
+	@for tool in g++/g++ cmake/cmake javac/openjdk-17-jdk-headless aarch64-linux-gnu-g++/g++-aarch64-linux-gnu \
+	  qemu-aarch64-static/qemu-user-static; do \
+	  command -v $${tool%/*} > /dev/null || { echo "no $${tool%/*}: apt-get install $${tool#*/}"; exit 7; }; done
+	test -x $(ANDROID_TOOLS)/ziglang/zig || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(ANDROID_TOOLS) ziglang==0.15.2
+	$(BIN)/python -m pytest -q -s -n 0 tests/test_android_*.py
 
 golden: setup
 	$(BIN)/python -m pytest -q tests/test_errors.py --update-golden

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -191,6 +192,17 @@ def peak_rss() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_rss_of_all() -> int:
+    """Most resident bytes of the largest process: this one, or one that it started and that has ended, such as a
+    backend's compiler. The largest ever, in this process's life."""
+    if sys.platform == "win32":  # it keeps no such count of processes that ended
+        return peak_rss()
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1 << 10
+    return max(peak_rss(), resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit)
 
 
 def _buffer_bytes() -> int:

@@ -23,6 +23,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+debug = typer.Typer(help="Find out what is wrong with a graph.", rich_markup_mode=None)
+app.add_typer(debug, name="debug")
+
 Level = Literal["L1", "L2", "L3", "L4", "L5"]
 
 
@@ -233,7 +236,7 @@ def verify(
 def inspect(
     context: typer.Context, bundle: BundlePath, json: Json = False, quiet: Quiet = False, verbose: Verbose = 0
 ) -> None:
-    """Show what is in a bundle, or in any .mlpackage."""
+    """Show what is in a bundle, or in any .mlpackage, .onnx or .engine."""
     from edgeexport import cli_show
 
     if bundle.suffix == ".mlpackage":
@@ -241,10 +244,44 @@ def inspect(
 
         cli_show.inspect(context.obj, coreml_inspect.describe(bundle))
         return
+    if bundle.suffix in {".onnx", ".engine"}:
+        from edgeexport.backends import tensorrt_inspect
+
+        looks = {".onnx": tensorrt_inspect.describe_onnx, ".engine": tensorrt_inspect.describe_engine}
+        cli_show.inspect(context.obj, looks[bundle.suffix](bundle))
+        return
     from edgeexport.bundle import open_bundle
     from edgeexport.bundle.inspect import describe
 
     cli_show.inspect(context.obj, describe(open_bundle(bundle)))
+
+
+@debug.command()
+def reduce(
+    context: typer.Context,
+    graph: Annotated[Path, typer.Argument(metavar="MODEL", help="Any .onnx.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx to write.")] = Path("reduced.onnx"),
+    check: Annotated[
+        str, typer.Option(metavar="COMMAND", help="Fails for a bad graph, whose path {} stands for.")
+    ] = "",
+    shape: Annotated[
+        list[str] | None, typer.Option(help="An input's size, such as input_ids:[1,4]; may be repeated.")
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    verbose: Verbose = 0,
+) -> None:
+    """Find the smallest part of an ONNX graph that fails, by Polygraphy.
+
+    Without --check: the part that ONNX Runtime and TensorRT compute differently, which takes an NVIDIA GPU.
+    """
+    from edgeexport import cli_show
+    from edgeexport.backends import tensorrt_inspect
+
+    console: Console = context.obj
+    with console.step(f"Reducing {graph}"):
+        found = tensorrt_inspect.reduce(graph, out, check, shape or ())
+    cli_show.inspect(console, found)
 
 
 @app.command()

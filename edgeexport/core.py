@@ -416,6 +416,8 @@ class Traits:
     """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
     widens: int = 0
     """Bytes of float32 weights that its host runner holds at most while the ladder compares."""
+    compiler: float = 0.0
+    """What its compiler, a process of its own, holds at most, as a multiple of the artifact's bytes."""
     package: Package | None = None
 
 

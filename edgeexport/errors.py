@@ -1373,6 +1373,42 @@ def engine_not_built(component: str, said: str) -> LoweringError:
     )
 
 
+def nothing_to_reduce(path: Path) -> UsageError:
+    return UsageError(
+        _error(
+            "nothing-to-reduce",
+            f"the check does not fail for {path.name} as a whole",
+            path,
+            "the smallest part that fails is looked for inside of a graph that fails",
+            "give a --check that ends with a code other than 0 for this graph",
+        )
+    )
+
+
+def check_does_not_run(check: str, problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "check-does-not-run",
+            "there is no check to reduce a graph by",
+            check or "--check",
+            problem,
+            "give a command line such as --check 'python check.py {}'",
+        )
+    )
+
+
+def reduction_failed(path: Path, said: str) -> ToolError:
+    return ToolError(
+        _error(
+            "reduction-failed",
+            f"Polygraphy found no smaller graph in {path.name}",
+            path,
+            f"it said: {said}",
+            "give inputs of a free size one, as --shape 'input_ids:[1,4]'",
+        )
+    )
+
+
 def engine_not_run(component: str, sm: str) -> Finding:
     return Finding(
         "warning",

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgeexport import errors, families, quant, shipping, targets
 from edgeexport import steps as step
-from edgeexport.bench import peak_rss
+from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.cache import Cache
 from edgeexport.bundle.writer import refuse_existing
 from edgeexport.checkpoint import WeightReader, open_checkpoint
@@ -79,7 +79,7 @@ def build(
     step.announce(console, plan, destination)
 
     if destination.exists() and (known := shipping.up_to_date(job, destination)) is not None:
-        return BuildResult(destination, time.perf_counter() - started, peak_rss(), *known, [], True, plan)
+        return BuildResult(destination, time.perf_counter() - started, peak_rss_of_all(), *known, [], True, plan)
     refuse_existing(destination, force=force)
 
     cache = Cache()
@@ -98,7 +98,8 @@ def build(
     findings = [*remarks, *(finding for part in parts for finding in part.files[1].findings)]
     findings += step.memory_findings(max_rss)
     seconds = time.perf_counter() - started
-    return BuildResult(destination, seconds, peak_rss(), *shipping.sizes(parts), climb.results, findings, False, plan)
+    peak, sizes = peak_rss_of_all(), shipping.sizes(parts)
+    return BuildResult(destination, seconds, peak, *sizes, climb.results, findings, False, plan)
 
 
 def refuse_failed(results: list[ParityResult], console: Console) -> None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgeexport import backends, errors, quant
-from edgeexport.bench import peak_rss
+from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
@@ -287,5 +287,5 @@ def write_canonical(
 
 def memory_findings(max_rss: int | None) -> list[Finding]:
     """A warning when the build needed more than it was allowed: the estimate was wrong, and that should be known."""
-    peak = peak_rss()
+    peak = peak_rss_of_all()
     return [errors.max_rss_exceeded(max_rss, peak)] if max_rss is not None and peak > max_rss else []

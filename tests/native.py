@@ -20,6 +20,10 @@ from edgeexport.core import ParityResult
 ROOT = Path(__file__).parent.parent
 CPP = ROOT / "android_runtime" / "cpp"
 SANITIZERS = {"asan": "address,undefined", "tsan": "thread"}
+AARCH64 = (
+    *("-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"),
+    *("-DCMAKE_C_COMPILER=aarch64-linux-gnu-gcc", "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++"),
+)
 
 
 @contextmanager
@@ -33,12 +37,16 @@ def alone(folder: Path) -> Iterator[None]:
 
 def programs(variant: str, targets: Sequence[str]) -> Path:
     """The folder of the compiled loader's programs. It lies in build/, where nothing is compiled twice."""
-    for tool, package in (("cmake", "cmake"), ("g++", "g++")):
+    needed = {"cmake": "cmake", "g++": "g++"}
+    if variant == "aarch64":
+        needed["aarch64-linux-gnu-g++"] = "g++-aarch64-linux-gnu"
+    for tool, package in needed.items():
         if shutil.which(tool) is None:
             pytest.skip(f"no {tool}: apt-get install {package}")
+    cross = AARCH64 if variant == "aarch64" else ()
     folder = ROOT / "build" / "android" / variant
     with alone(folder):
-        run(["cmake", "-S", CPP, "-B", folder, f"-DEDGEEXPORT_SANITIZE={SANITIZERS.get(variant, '')}"])
+        run(["cmake", "-S", CPP, "-B", folder, f"-DEDGEEXPORT_SANITIZE={SANITIZERS.get(variant, '')}", *cross])
         run(["cmake", "--build", folder, "-j", "2", "--target", *targets])
     return folder
 

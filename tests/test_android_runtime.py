@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import rehash, write_bundle
+from factories import with_tokenizer
+from graphs import write_checkpoint
 from native import CPP, SANITIZERS, alone, answers, device_rows, edgeexport_run, libraries, programs, run
 
-from edgeexport import build, errors, open_bundle
+from edgeexport import build, errors, families, open_bundle
 from edgeexport.bundle import device_report
 from edgeexport.core import Verdict
 from edgeexport.families.autoglm_phone.data import held_out_split
@@ -33,14 +35,14 @@ CODES_OF_DEVICES = {
 }
 
 
-def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str) -> Path:
+def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str, parity: str = "L4") -> Path:
     """A bundle, made by the first worker of this run that needs it."""
     own = factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android"
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android" / scheme
     found = folder / f"{model}-{target}"
     with alone(folder):
         if not found.exists():
-            build(model, target, folder, quant=scheme, context=512, parity="L4")
+            build(model, target, folder, quant=scheme, context=512, parity=parity)
     return found
 
 
@@ -83,6 +85,38 @@ def test_it_gives_the_same_tokens_as_python(plain: Path, bundle: Path, packed: P
     whole, runtime = (sum(each[f"{name}_seconds"] for each in found["answers"]) for name in ("decode", "runtime"))
     print(f"{bundle.name}: {100 * (whole - runtime) / whole:.2f}% of a token outside the runtime")
     assert whole - runtime <= 0.01 * whole
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("scheme", ["fp32", "int8"])
+def test_other_weights_give_the_same_tokens(
+    scheme: str, plain: Path, packed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    opened = open_bundle(built(tmp_path_factory, "smollm2-135m", "android-ort", scheme, "L1"))
+    prompts = [opened.tokenizer().encode(text) for text in TEXTS[:4]]
+    found = answers(plain, opened.path, packed, prompts, "--max-tokens", TOKENS)
+    with opened.session(threads=2) as session:
+        for prompt, answer in zip(prompts, found["answers"], strict=True):
+            session.reset()
+            assert answer["tokens"] == list(generate(session, prompt, max_tokens=TOKENS, stop_ids=opened.stop_ids))
+
+
+def test_it_writes_the_cache_where_the_graph_does_not(plain: Path, packed: Path, tmp_path: Path) -> None:
+    """A bundle for NNAPI: prompts of a padded piece, of whole pieces and single tokens, and one that starts anew amid
+    what is cached."""
+    checkpoint = with_tokenizer(write_checkpoint(tmp_path / "model", families.find("llama").tiny))
+    bundle = build(str(checkpoint), "android-nnapi", tmp_path / "out", context=160, parity="L1").bundle
+    prompts = [list(range(5, 5 + length)) for length in (20, 140, 3)]
+    logits = tmp_path / "logits"
+    found = answers(plain, bundle, packed, prompts, "--max-tokens", 8, "--logits", logits, "--keep", 11)
+    wanted = []
+    with open_bundle(bundle).session(threads=2) as session:
+        for i, prompt in enumerate(prompts):
+            session.truncate(11 if i else 0)
+            wanted.append(session.prefill(prompt).copy())
+            wanted += [session.decode(int(wanted[-1].argmax())).copy() for _ in range(7)]
+    np.testing.assert_allclose(np.fromfile(logits, np.float32).reshape(24, -1), np.stack(wanted), rtol=0, atol=1e-5)
+    assert [token for each in found["answers"] for token in each["tokens"]] == np.stack(wanted).argmax(1).tolist()
 
 
 @pytest.mark.real

@@ -138,6 +138,18 @@ def test_random_checkpoint_is_one_that_transformers_reads(tmp_path: Path, monkey
     assert tokenizer.decode(tokenizer("Paris, 你好 é\n")["input_ids"]) == "Paris, 你好 é\n"
 
 
+def test_the_peak_of_a_build_is_that_of_its_compiler_where_that_is_larger() -> None:
+    script = """
+import subprocess, sys
+from edgeexport.bench import peak_rss, peak_rss_of_all
+subprocess.run([sys.executable, "-c", "held = b'x' * 300_000_000"], check=True)
+print(peak_rss(), peak_rss_of_all())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    own, largest = map(int, done.stdout.split())
+    assert own < 200_000_000 < 300_000_000 < largest < 400_000_000
+
+
 def test_peak_rss_sees_the_memory_of_a_grandchild() -> None:
     inner = "import time; held = b'x' * 150_000_000; time.sleep(0.3)"
     outer = f"import subprocess, sys; sys.exit(subprocess.call([sys.executable, '-c', {inner!r}]) + 3)"

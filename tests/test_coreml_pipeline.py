@@ -20,7 +20,14 @@ from edgeexport.core import LEVELS, Verdict
 pytest.importorskip("coremltools")
 
 CONTEXT = 96
-WALKS = [("llama", "fp16"), ("qwen3", "int8"), ("glm4", "int4-b32"), ("glm4v", "int4-b32"), ("autoglm_phone", "int8")]
+WALKS = [
+    ("llama", "fp16"),
+    ("qwen3", "int8"),
+    ("glm4", "int4-b32"),
+    *(("glm4v", scheme) for scheme in ("fp16", "int8", "int4-b32")),
+    ("glm46v", "int4-b32"),
+    ("autoglm_phone", "int8"),
+]
 
 
 NEURAL_ENGINE = [("qwen2", "palette4"), ("glm4v", "palette4"), ("autoglm_phone", "palette4")]

@@ -309,6 +309,7 @@ def test_swift_writes_the_fields_that_are_read() -> None:
         ("Reason", device_report.Failure),
     ]
     for swift, ours in pairs:
-        assert fields(swift) == {field.encode_name for field in msgspec.structs.fields(ours)}
+        text_alone = {"golden"}  # what is replayed there needs no name
+        assert fields(swift) == {field.encode_name for field in msgspec.structs.fields(ours)} - text_alone
     assert 'maxAbs = "max_abs"' in text
     assert f'"{device_report.SCHEMA}"' in text

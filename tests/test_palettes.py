@@ -59,6 +59,12 @@ def test_the_numbers_are_near_those_of_least_error() -> None:
     assert many * 0.999 < ours < few * 1.05
 
 
+def test_a_single_weight_far_from_all_others_keeps_its_number() -> None:
+    rows = np.full((16, 24), -8670, np.float32)
+    rows[0, 0] = 8677  # as a share of its row nearer to 0 than the others are
+    np.testing.assert_allclose(depalettize(*palettize(rows)), rows, rtol=2e-3)
+
+
 @settings(max_examples=60, deadline=None)
 @given(arrays(np.float32, (32, 24), elements=st.floats(-60000, 60000, width=32)))
 def test_no_weight_is_further_off_than_the_palette_is_wide(rows: Array) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from edgeexport import backends, errors, families, plan, targets
 from edgeexport.backends.optable import OpTable
-from edgeexport.core import Geometry
+from edgeexport.core import Geometry, Traits
 from edgeexport.errors import CheckpointError, UsageError
 
 SMALL = {
@@ -213,8 +213,10 @@ def test_build_cost_counts_layers_and_not_the_vocabulary() -> None:
     assert cost["memory_to_l3"] - cost["memory"] == layers
     assert cost["memory_with_ladder"] - cost["memory"] == max(layers, 2 * (1000 + 10))
     for room, held in ((1000, 1000), (1 << 40, 4 * 1000)):
-        wide = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10}, room)
+        wide = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10}, Traits(widens=room))
         assert wide["memory_with_ladder"] - cost["memory"] == 2 * (1000 + 10) + held
+    apart = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10}, Traits(compiler=3.0))
+    assert {apart[each] - cost["memory"] for each in ("memory", "memory_to_l3", "memory_with_ladder")} == {3000}
 
 
 def test_headers_of_twenty_gigabytes_take_neither_torch_nor_memory(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Reads what a device measured over a bundle's golden vectors, and judges it by the bundle's own gates.
 
-A report is JSON of schema edgeexport.device-parity/1, as ios_runtime's edgeexport-parity and android_runtime write it. It
-holds measurements and failures, and no verdicts: those are made here. docs/coreml.md describes every field.
+A report is JSON of schema edgeexport.device-parity/1, as ios_runtime's edgeexport-parity and android_runtime write it.
+It holds measurements and failures, and no verdicts: those are made here. docs/coreml.md describes every field.
 """
 
 from __future__ import annotations

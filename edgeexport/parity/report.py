@@ -71,7 +71,7 @@ def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
                 "gate": result.gate,
                 "verdict": result.verdict,
                 "note": result.note,
-                **({"stand_in": True} if result.stand_in else {}),
+                "stand_in": result.stand_in,
             }
             for result in results
         ],

@@ -2,7 +2,8 @@
 
     scale    the row's largest magnitude, so that all rows of a group lie between -1 and 1
     palette  the numbers of least squared error (Lloyd, "Least Squares Quantization in PCM", 1982), found on a histogram
-             of the group; but the outermost are the lowest and highest weight, and the one nearest 0 is 0
+             of the group; but the outermost are the lowest and highest weight, and the one nearest 0 of the others
+             is 0
 
 The exceptions raise the squared error and lower what it does. Without them no number is large enough for the few large
 weights, and the many small ones that meet large activations all lean to one side. On SmolLM2-135M's multiplications,
@@ -85,7 +86,7 @@ def _palettes(groups: Float32) -> Float32:
         middles = (found[:, 1:] + found[:, :-1]) / 2
         cuts = np.sort(np.clip(np.rint((middles - low) / step), 0, BINS).astype(np.int64), axis=1)
     found[:, :1], found[:, -1:] = low, high
-    found[np.arange(len(found)), np.abs(found).argmin(axis=1)] = 0
+    found[np.arange(len(found)), 1 + np.abs(found[:, 1:-1]).argmin(axis=1)] = 0
     return np.sort(found, axis=1).astype(np.float32)
 
 

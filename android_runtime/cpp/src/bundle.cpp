@@ -5,10 +5,10 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 #include <functional>
-#include <limits>
 #include <vector>
 
 #include "edgeexport/sha256.h"
@@ -22,6 +22,8 @@ constexpr const char* kDigest = "manifest.json.sha256";
 constexpr std::size_t kMaxManifest = std::size_t{16} << 20;
 constexpr std::size_t kBlock = std::size_t{1} << 20;
 
+using Take = std::function<void(const char*, std::size_t)>;
+
 class File {
  public:
   explicit File(const std::string& path) : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)) {}
@@ -34,7 +36,7 @@ class File {
   bool opened() const { return descriptor_ >= 0; }
 
   // Hands out the content in blocks, to `limit` bytes. Returns how many there were; false where reading failed.
-  bool each(std::size_t limit, std::size_t& total, const std::function<void(const char*, std::size_t)>& take) {
+  bool each(std::size_t limit, std::size_t& total, const Take& take) {
     std::vector<char> block(kBlock);
     total = 0;
     while (total < limit) {
@@ -53,17 +55,18 @@ class File {
 };
 
 // Reads a listed file, compares its size and hash, and hands its bytes on.
-void readChecked(const Bundle& bundle, const std::string& name, const std::function<void(const char*, std::size_t)>& take) {
+void readChecked(const Bundle& bundle, const std::string& name, const Take& take) {
   const FileEntry& entry = bundle.manifest().files.at(name);
   const std::string path = bundle.path(name);
   File file(path);
   Sha256 hash;
   std::size_t total = 0;
-  const bool read = file.opened() && file.each(static_cast<std::size_t>(entry.size) + 1, total, [&](auto data, auto size) {
+  const std::size_t limit = static_cast<std::size_t>(entry.size) + 1;
+  const auto hashed = [&](const char* data, std::size_t size) {
     hash.update(data, size);
     take(data, size);
-  });
-  if (!read) throw errors::bundleFileChanged(path, name, std::string("it cannot be read: ") + std::strerror(errno));
+  };
+  if (!file.opened() || !file.each(limit, total, hashed)) throw errors::bundleFileChanged(path, name, std::string("it cannot be read: ") + std::strerror(errno));
   if (total != static_cast<std::size_t>(entry.size) || hash.hex() != entry.sha256) {
     throw errors::bundleFileChanged(path, name, "its sha256 is not the one in the manifest");
   }

@@ -24,7 +24,8 @@ void checkConversations(std::string_view json, const ChatTemplate& chat, const T
       std::vector<std::int32_t> tokens;
       for (const Json& id : turn.at("tokens").array()) tokens.push_back(static_cast<std::int32_t>(id.integer()));
       if (text != turn.at("text").string() || tokenizer.encode(text) != tokens) {
-        throw errors::goldenMismatch(kWhere, "conversation " + std::to_string(i) + " gives another text or other tokens");
+        const std::string name = "conversation " + std::to_string(i);
+        throw errors::goldenMismatch(kWhere, name + " gives another text or other tokens");
       }
     }
   } catch (const JsonError& error) {

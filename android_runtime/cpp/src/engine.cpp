@@ -2,6 +2,8 @@
 // and a row here.
 #include "edgeexport/engine.h"
 
+#include <algorithm>
+#include <iterator>
 #include <new>
 
 #include "engines.h"
@@ -11,34 +13,48 @@
 #endif
 
 namespace edgeexport {
+namespace {
 
-std::unique_ptr<DecoderEngine> openDecoder(const Bundle& bundle, const RuntimeOptions& options) {
-  const Component& component = bundle.component("decoder");
-  try {
-    if (component.backend == "onnxruntime") return openOnnxDecoder(bundle, component, options);
-    if (component.backend == "litert") return openLiteRtDecoder(bundle, component, options);
+struct Engine {
+  const char* backend;
+  std::unique_ptr<DecoderEngine> (*openDecoder)(const Bundle&, const Component&, const RuntimeOptions&);
+  std::unique_ptr<GraphEngine> (*openGraph)(const Bundle&, const Component&, const std::string& variant,
+                                            const RuntimeOptions&);
+};
+
+constexpr Engine kEngines[] = {
+    {"onnxruntime", openOnnxDecoder, openOnnxGraph},
+    {"litert", openLiteRtDecoder, openLiteRtGraph},
+    {"litert-nnapi", openLiteRtDecoder, openLiteRtGraph},
 #ifdef EDGEEXPORT_MNN
-    if (component.backend == "mnn") return openMnnDecoder(bundle, component, options);
+    {"mnn", openMnnDecoder, openMnnGraph},
 #endif
+};
+
+// What `open` makes of a component with its engine.
+template <typename Open>
+auto opened(const Component& component, Open open) {
+  const auto wanted = [&](const Engine& each) { return component.backend == each.backend; };
+  const auto* const engine = std::find_if(std::begin(kEngines), std::end(kEngines), wanted);
+  if (engine == std::end(kEngines)) throw errors::backendNotBuilt(component.name, component.backend);
+  try {
+    return open(*engine);
   } catch (const std::bad_alloc&) {  // a runtime's too
     throw errors::outOfMemory("to open " + component.name);
   }
-  throw errors::backendNotBuilt(component.name, component.backend);
+}
+
+}  // namespace
+
+std::unique_ptr<DecoderEngine> openDecoder(const Bundle& bundle, const RuntimeOptions& options) {
+  const Component& component = bundle.component("decoder");
+  return opened(component, [&](const Engine& engine) { return engine.openDecoder(bundle, component, options); });
 }
 
 std::unique_ptr<GraphEngine> openGraph(const Bundle& bundle, const std::string& name, const std::string& variant,
                                        const RuntimeOptions& options) {
   const Component& component = bundle.component(name);
-  try {
-    if (component.backend == "onnxruntime") return openOnnxGraph(bundle, component, variant, options);
-    if (component.backend == "litert") return openLiteRtGraph(bundle, component, variant, options);
-#ifdef EDGEEXPORT_MNN
-    if (component.backend == "mnn") return openMnnGraph(bundle, component, variant, options);
-#endif
-  } catch (const std::bad_alloc&) {  // a runtime's too
-    throw errors::outOfMemory("to open " + component.name);
-  }
-  throw errors::backendNotBuilt(component.name, component.backend);
+  return opened(component, [&](const Engine& engine) { return engine.openGraph(bundle, component, variant, options); });
 }
 
 }  // namespace edgeexport

@@ -21,7 +21,7 @@ class Header {
   void require(bool good, const char* problem) const {
     if (!good) throw errors::goldenUnusable(where_, problem);
   }
-  bool says(std::size_t at, const char* text) const { return file_.compare(at, std::char_traits<char>::length(text), text) == 0; }
+  bool says(std::size_t at, const std::string& text) const { return file_.compare(at, text.size(), text) == 0; }
   std::uint32_t two(std::size_t at) const { return byte(at) | byte(at + 1) << 8; }
   std::uint32_t four(std::size_t at) const { return two(at) | two(at + 2) << 16; }
 

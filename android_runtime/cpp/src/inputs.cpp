@@ -2,11 +2,11 @@
 #include "edgeexport/inputs.h"
 
 #include <algorithm>
-#include <cstring>
 #include <numeric>
 
 #include "errors.h"
 #include "input_errors.h"
+#include "named.h"
 #include "stopwatch.h"
 
 namespace edgeexport {
@@ -57,11 +57,8 @@ Features Inputs::encode(const EncoderInput& input) {
   }
   const Signature* signature = component->signature(input.variant.empty() ? "step" : input.variant);
   if (signature == nullptr) throw errors::bundleNoVariant(input.component, input.variant);
-  const auto made = std::find_if(signature->outputs.begin(), signature->outputs.end(),
-                                 [](const TensorSpec& each) { return each.name == "features"; });
-  if (made == signature->outputs.end() || made->shape.empty()) {
-    throw errors::bundleNoVariant(input.component, "features");
-  }
+  const TensorSpec* made = named(signature->outputs, "features");
+  if (made == nullptr || made->shape.empty()) throw errors::bundleNoVariant(input.component, "features");
   TensorView output{"features", TensorView::Type::kFloat32, {}, nullptr};
   std::size_t total = 1;
   for (const Dim& dim : made->shape) {
@@ -158,14 +155,14 @@ void Inputs::attend(std::size_t count, const std::vector<Features>& features) {
 
 // A picture's features take the places of its tokens.
 void Inputs::splice(const std::int32_t* tokens, std::size_t count, const std::vector<Features>& features) {
-  const auto places = static_cast<std::size_t>(
-      contract_.imageTokenId ? std::count(tokens, tokens + count, static_cast<std::int32_t>(*contract_.imageTokenId)) : 0);
+  const std::int64_t picture = contract_.imageTokenId.value_or(-1);  // no token has this id
+  const auto places = static_cast<std::size_t>(std::count(tokens, tokens + count, picture));
   if (places != rowsOf(features)) throw errors::imageTokensMismatch(places, rowsOf(features));
   std::size_t at = 0;
   for (const Features& each : features) {
     if (each.width != width_) throw errors::runtimeFailed("edgeexport", "features of another width");
     for (std::size_t row = 0; row < each.rows; ++row, ++at) {
-      while (tokens[at] != *contract_.imageTokenId) ++at;
+      while (tokens[at] != picture) ++at;
       std::copy_n(each.values.data() + row * width_, width_, embeddings_.data() + at * width_);
     }
   }

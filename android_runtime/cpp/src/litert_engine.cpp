@@ -1,4 +1,5 @@
-// Runs .tflite artifacts in LiteRT; all signatures of a decoder share one buffer per key and value, updated in place.
+// Runs .tflite artifacts in LiteRT; all signatures of a decoder share one buffer per key and value, updated in place by
+// the graph, or, in bundles for NNAPI, here.
 #include <algorithm>
 #include <map>
 #include <memory>
@@ -31,9 +32,13 @@ std::string modelFile(const Component& component, const std::string& signature) 
 // Memory for values by name: those of the same name share it, as large as the largest of them.
 class SharedMemory {
  public:
-  void want(const Value& value) {
-    std::size_t& bytes = bytes_[value.name];
-    bytes = std::max(bytes, value.bytes());
+  void want(const ModelSignature& signature) {
+    for (const auto* values : {&signature.inputs, &signature.outputs}) {
+      for (const Value& value : *values) {
+        std::size_t& bytes = bytes_[value.name];
+        bytes = std::max(bytes, value.bytes());
+      }
+    }
   }
   void allocate() {
     std::size_t total = 0;
@@ -44,6 +49,10 @@ class SharedMemory {
   void* at(const std::string& name) const {
     const auto found = memory_.find(name);
     return found == memory_.end() ? nullptr : found->second;
+  }
+  // A call over this memory.
+  Call call(Model& model, const ModelSignature& signature) const {
+    return Call(model, signature, [this](const Value& value) { return at(value.name); });
   }
 
  private:
@@ -58,10 +67,11 @@ class LiteRtDecoder final : public DecoderEngine {
                 const RuntimeOptions& options)
       : model_(path, digest, options) {
     const ModelSignature* decode = model_.signature(kDecode);
-    const Value* logits = decode == nullptr ? nullptr : decode->output("logits");
-    const Value* cache = decode == nullptr || component.state.empty() ? nullptr : decode->input(component.state[0].first);
+    if (decode == nullptr || component.state.empty()) model_.refuse("it has no signature decode with a cache");
+    const Value* logits = decode->output("logits");
+    const Value* cache = decode->input(component.state[0].first);
     if (logits == nullptr || cache == nullptr || cache->type.rank != 4 || logits->type.rank != 3) {
-      model_.refuse("it has no signature decode with logits and a cache");
+      model_.refuse("its signature decode has no logits or no cache");
     }
     vocab_ = logits->size(2);
     context_ = cache->size(2);
@@ -70,16 +80,15 @@ class LiteRtDecoder final : public DecoderEngine {
     rope_ = decode->input("rope_positions") != nullptr;
     for (const ModelSignature& each : model_.signatures()) {
       if (SignatureName::parse(each.name).length == 0) continue;
-      checkInputs(each);
-      for (const Value& value : each.inputs) memory_.want(value);
-      for (const Value& value : each.outputs) memory_.want(value);
+      check(each, component, *cache);
+      memory_.want(each);
     }
     memory_.allocate();
     for (const ModelSignature& each : model_.signatures()) {
       const SignatureName name = SignatureName::parse(each.name);
       if (name.length == 0) continue;
       const std::size_t window = name.window > 0 ? name.window : context_;
-      calls_.push_back({name.length, window, Call(model_, each, [&](const Value& value) { return memory_.at(value.name); })});
+      calls_.push_back({name.length, window, memory_.call(model_, each)});
       if (name.length > 1) pieces_.push_back(name.length);
     }
     std::sort(calls_.begin(), calls_.end(), [](const Entry& a, const Entry& b) { return a.window < b.window; });
@@ -90,6 +99,12 @@ class LiteRtDecoder final : public DecoderEngine {
     positions_ = static_cast<std::int32_t*>(memory_.at("input_pos"));
     turns_ = static_cast<std::int32_t*>(memory_.at("rope_positions"));
     logits_ = static_cast<const float*>(memory_.at("logits"));
+    for (const auto& [past, added] : component.state) {
+      if (added == past) continue;  // the graph writes into the cache itself
+      added_.push_back({static_cast<float*>(memory_.at(past)), static_cast<const float*>(memory_.at(added))});
+    }
+    heads_ = cache->size(1);
+    headWidth_ = cache->size(3);
   }
 
   std::size_t context() const noexcept override { return context_; }
@@ -119,8 +134,14 @@ class LiteRtDecoder final : public DecoderEngine {
     Call call;
   };
 
-  // Inputs are filled by name and without looking: every signature must take what `decode` takes.
-  void checkInputs(const ModelSignature& signature) const {
+  // What a call adds to a cache [1, heads, context, width]: [1, heads, length, width].
+  struct Added {
+    float* cache;
+    const float* slice;
+  };
+
+  // Memory is filled by name and without looking: every signature must take and give what `decode` does.
+  void check(const ModelSignature& signature, const Component& component, const Value& cache) const {
     const std::size_t length = SignatureName::parse(signature.name).length;
     const Value* fed = signature.input(width_ > 0 ? "embeddings" : "tokens");
     const Value* positions = signature.input("input_pos");
@@ -130,6 +151,14 @@ class LiteRtDecoder final : public DecoderEngine {
                       positions->bytes() == length * sizeof(std::int32_t) && (turns != nullptr) == rope_ &&
                       (turns == nullptr || turns->bytes() == 3 * length * sizeof(std::int32_t));
     if (!fits) model_.refuse("its signature " + signature.name + " does not take what decode takes");
+    const std::size_t row = cache.size(1) * cache.size(3) * sizeof(float);
+    for (const auto& [past, added] : component.state) {
+      const Value* from = signature.input(past);
+      const Value* to = signature.output(added);
+      const bool same = from != nullptr && to != nullptr && from->bytes() == cache.bytes() &&
+                        to->bytes() == row * (added == past ? context_ : length);
+      if (!same) model_.refuse("its signature " + signature.name + " has another cache than decode");
+    }
   }
 
   // Length of the signature for the next of `left` tokens: the longest that they fill or are worth padding for, and
@@ -162,8 +191,16 @@ class LiteRtDecoder final : public DecoderEngine {
         turns_[row * length + i] = i < count ? static_cast<std::int32_t>(given[i]) : 0;
       }
     }
-    const Stopwatch watch(seconds_);
-    entry->call.run();
+    {
+      const Stopwatch watch(seconds_);
+      entry->call.run();
+    }
+    for (const Added& each : added_) {  // but for what pads the piece
+      for (std::size_t head = 0; head < heads_; ++head) {
+        std::copy_n(each.slice + head * length * headWidth_, count * headWidth_,
+                    each.cache + (head * context_ + position) * headWidth_);
+      }
+    }
   }
 
   Model model_;
@@ -173,8 +210,11 @@ class LiteRtDecoder final : public DecoderEngine {
   std::size_t vocab_ = 0;
   std::size_t context_ = 0;
   std::size_t width_ = 0;
+  std::size_t heads_ = 0;
+  std::size_t headWidth_ = 0;
   bool rope_ = false;
   double seconds_ = 0;
+  std::vector<Added> added_;  // where the loader writes the cache
   std::int32_t* tokens_ = nullptr;
   float* embeddings_ = nullptr;
   std::int32_t* positions_ = nullptr;
@@ -192,8 +232,7 @@ class LiteRtGraph final : public GraphEngine {
     for (const std::string& name : signatures) {
       const ModelSignature* signature = model_.signature(name);
       if (signature == nullptr) model_.refuse("it has no signature " + name);
-      for (const Value& value : signature->inputs) memory_.want(value);
-      for (const Value& value : signature->outputs) memory_.want(value);
+      memory_.want(*signature);
     }
     memory_.allocate();
     for (const std::string& name : signatures) {
@@ -201,8 +240,7 @@ class LiteRtGraph final : public GraphEngine {
       for (const Value& value : signature.inputs) {
         if (void* rows = memory_.at(value.name + kCount)) rows_[value.name] = static_cast<std::int32_t*>(rows);
       }
-      calls_.push_back({SignatureName::parse(name).length, &signature,
-                        Call(model_, signature, [&](const Value& value) { return memory_.at(value.name); })});
+      calls_.push_back({SignatureName::parse(name).length, &signature, memory_.call(model_, signature)});
     }
     std::sort(calls_.begin(), calls_.end(), [](const Entry& a, const Entry& b) { return a.length > b.length; });
   }
@@ -290,7 +328,8 @@ class LiteRtGraph final : public GraphEngine {
 std::unique_ptr<DecoderEngine> openLiteRtDecoder(const Bundle& bundle, const Component& component,
                                                  const RuntimeOptions& options) {
   const std::string file = modelFile(component, kDecode);
-  return std::make_unique<LiteRtDecoder>(bundle.path(file), bundle.manifest().files.at(file).sha256, component, options);
+  const std::string& digest = bundle.manifest().files.at(file).sha256;
+  return std::make_unique<LiteRtDecoder>(bundle.path(file), digest, component, options);
 }
 
 std::unique_ptr<GraphEngine> openLiteRtGraph(const Bundle& bundle, const Component& component,

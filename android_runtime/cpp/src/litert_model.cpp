@@ -4,12 +4,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
 #include "edgeexport/sha256.h"
+#include "named.h"
 #include "tflite_check.h"
 
 namespace edgeexport::litert {
@@ -62,15 +62,9 @@ std::size_t Value::bytes() const {
   return total;
 }
 
-const Value* ModelSignature::input(const std::string& wanted) const {
-  const auto found = std::find_if(inputs.begin(), inputs.end(), [&](auto& each) { return each.name == wanted; });
-  return found == inputs.end() ? nullptr : &*found;
-}
+const Value* ModelSignature::input(const std::string& wanted) const { return named(inputs, wanted); }
 
-const Value* ModelSignature::output(const std::string& wanted) const {
-  const auto found = std::find_if(outputs.begin(), outputs.end(), [&](auto& each) { return each.name == wanted; });
-  return found == outputs.end() ? nullptr : &*found;
-}
+const Value* ModelSignature::output(const std::string& wanted) const { return named(outputs, wanted); }
 
 Model::Model(const std::string& path, const std::string& digest, const RuntimeOptions& options)
     : path_(path), library_(options.litert), api_(library_) {
@@ -78,7 +72,8 @@ Model::Model(const std::string& path, const std::string& digest, const RuntimeOp
   if (!damage.empty()) refuse(damage);
   const PackedWeights packed(packedWeights(path, digest, options));
   try {
-    const EnvironmentOption settings[] = {{kAutoRegister, {kIntOption, kCpu}}, {kLogSeverity, {kIntOption, kLogErrors}}};
+    const EnvironmentOption settings[] = {{kAutoRegister, {kIntOption, kCpu}},
+                                          {kLogSeverity, {kIntOption, kLogErrors}}};
     Environment* environment = nullptr;
     check(api_.createEnvironment(2, settings, &environment), "LiteRtCreateEnvironment");
     environment_ = Held<Environment>(environment, {api_.destroyEnvironment});
@@ -108,10 +103,7 @@ Model::Model(const std::string& path, const std::string& digest, const RuntimeOp
   }
 }
 
-const ModelSignature* Model::signature(const std::string& name) const {
-  const auto found = std::find_if(signatures_.begin(), signatures_.end(), [&](auto& each) { return each.name == name; });
-  return found == signatures_.end() ? nullptr : &*found;
-}
+const ModelSignature* Model::signature(const std::string& name) const { return named(signatures_, name); }
 
 Held<TensorBuffer> Model::buffer(const Value& value, void* memory) const {
   TensorBuffer* made = nullptr;

@@ -6,6 +6,7 @@
 #include "edgeexport/bundle.h"
 #include "edgeexport/json.h"
 #include "errors.h"
+#include "named.h"
 
 namespace edgeexport {
 namespace {
@@ -169,7 +170,8 @@ Manifest manifest(const Json& found) {
     if (file.sha256.size() != 64 || !hex) refuse("the sha256 of " + path + " is none");
     made.files.emplace(path, std::move(file));
   }
-  made.components = listed<Component>(found, "components", [&](const Json& each) { return component(each, made.files); });
+  made.components =
+      listed<Component>(found, "components", [&](const Json& each) { return component(each, made.files); });
   for (std::size_t i = 0; i < made.components.size(); ++i) {
     if (made.component(made.components[i].name) != &made.components[i]) refuse("two components have the same name");
   }
@@ -192,15 +194,9 @@ Manifest manifest(const Json& found) {
 
 }  // namespace
 
-const Signature* Component::signature(const std::string& wanted) const {
-  const auto found = std::find_if(signatures.begin(), signatures.end(), [&](auto& each) { return each.name == wanted; });
-  return found == signatures.end() ? nullptr : &*found;
-}
+const Signature* Component::signature(const std::string& wanted) const { return named(signatures, wanted); }
 
-const Component* Manifest::component(const std::string& name) const {
-  const auto found = std::find_if(components.begin(), components.end(), [&](auto& each) { return each.name == name; });
-  return found == components.end() ? nullptr : &*found;
-}
+const Component* Manifest::component(const std::string& name) const { return named(components, name); }
 
 Manifest Manifest::parse(const std::string& text, const std::string& where) {
   try {

@@ -36,7 +36,8 @@ struct Api {
   OrtStatus* (*createEnv)(int level, const char* name, OrtEnv**);
   OrtStatus* (*createSession)(const OrtEnv*, const char* path, const OrtSessionOptions*, OrtSession**);
   OrtStatus* (*run)(OrtSession*, const OrtRunOptions*, const char* const* inputNames, const OrtValue* const* inputs,
-                    std::size_t inputCount, const char* const* outputNames, std::size_t outputCount, OrtValue** outputs);
+                    std::size_t inputCount, const char* const* outputNames, std::size_t outputCount,
+                    OrtValue** outputs);
   OrtStatus* (*createSessionOptions)(OrtSessionOptions**);
   OrtStatus* (*setLogSeverity)(OrtSessionOptions*, int level);
   OrtStatus* (*setIntraOpThreads)(OrtSessionOptions*, int threads);

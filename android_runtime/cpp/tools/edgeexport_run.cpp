@@ -210,8 +210,8 @@ int main(int count, char** values) {
   try {
     arguments = parse(count, values);
   } catch (const std::logic_error& problem) {
-    std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] [--keep N] "
-                 "[--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] [--cache FOLDER] "
+    std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] "
+                 "[--keep N] [--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] [--cache FOLDER] "
                  "[--check] [--report] [--verify]: not understood: "
               << problem.what() << "\n";
     return 2;
