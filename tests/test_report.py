@@ -95,7 +95,7 @@ def test_json_holds_every_row_and_is_strict() -> None:
     document = json.loads(write_json(results(), extra()), parse_constant=lambda text: pytest.fail(text))
     assert document["schema"] == SCHEMA and document["verdict"] == "FAIL" and document["model"] == "smollm2-135m"
     assert [set(row) for row in document["results"]] == [
-        {"component", "level", "output", "metrics", "gate", "verdict", "note"}
+        {"component", "level", "output", "metrics", "gate", "verdict", "note", "stand_in"}
     ] * 5
     assert document["results"][1]["metrics"] == {"max_abs": 2.1e-5, "steps": 8}
     assert document["results"][3]["metrics"] == {"max_abs": "NaN"} and document["weights"][-1]["snr_db"] == "Infinity"
