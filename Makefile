@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-9b bench-mini test-peer test-gpu clean
+.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-mini test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -40,7 +40,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What the tests of the loader's Kotlin API and of emulated ARM need beside Debian's packages.
+# What the tests of the loader's Kotlin API and of ARM need beside Debian's packages.
 ANDROID_TOOLS := build/android/tools
 android-tools: setup
 	@command -v npm > /dev/null || { echo "no npm: apt-get install npm"; exit 7; }
@@ -48,6 +48,8 @@ android-tools: setup
 	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('onnxruntime'))"); \
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(ANDROID_TOOLS) \
 	  --platform manylinux_2_28_aarch64 --only-binary=:all: onnxruntime==$$version
+	test -x $(ANDROID_TOOLS)/ziglang/zig || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
+	  --target $(ANDROID_TOOLS) ziglang==0.15.2
 
 # The native loader against Python's session: here, under the sanitizers, on emulated ARM, from Kotlin and Java; and
 # compiled for Android's processors.
@@ -55,8 +57,6 @@ android: android-tools
 	@for tool in g++/g++ cmake/cmake javac/openjdk-17-jdk-headless aarch64-linux-gnu-g++/g++-aarch64-linux-gnu \
 	  qemu-aarch64-static/qemu-user-static; do \
 	  command -v $${tool%/*} > /dev/null || { echo "no $${tool%/*}: apt-get install $${tool#*/}"; exit 7; }; done
-	test -x $(ANDROID_TOOLS)/ziglang/zig || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
-	  --target $(ANDROID_TOOLS) ziglang==0.15.2
 	$(BIN)/python -m pytest -q -s -n 0 tests/test_android_*.py
 
 golden: setup
@@ -69,6 +69,10 @@ bench: setup
 # Memory and time of a 1.1B-parameter build (writes 2.2 GB).
 bench-1b: setup
 	$(BIN)/python benchmarks/bench_1b.py
+
+# The same to a TensorRT engine in float16 (writes 11 GB).
+bench-1b-engine: setup
+	$(BIN)/python benchmarks/bench_1b.py --target rtx-trt
 
 # Memory, time and bytes of a 9B-parameter multimodal build (writes 26 GB).
 bench-9b: setup

@@ -66,6 +66,7 @@ ParityLevel = Annotated[Level, typer.Option("--parity", help="How far to climb t
 MaxRss = Annotated[
     str | None, typer.Option(metavar="SIZE", help="Refuse a build whose estimated memory is above this, like 1.5G.")
 ]
+Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs: cuda is an NVIDIA GPU.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
 
 
@@ -187,6 +188,11 @@ def parity(
         Path | None,
         typer.Option("--out", "-o", help="With --import: the folder to write to; BUNDLE.parity by default."),
     ] = None,
+    device: Device = "cpu",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(help="With --device cuda: what PyTorch computes in; float16 by default."),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -194,11 +200,16 @@ def parity(
     """Climb the parity ladder again, or add what devices measured.
 
     Compares BUNDLE with the MODEL it was built from. With --import, writes parity.json and parity.html with the rows
-    of BUNDLE and those of the devices to another folder: BUNDLE stays as it is.
+    of BUNDLE and those of the devices to another folder: BUNDLE stays as it is. With --device cuda, says how far the
+    MODEL on a GPU, and BUNDLE's engine, are from the MODEL in float32.
     """
     from edgeexport import cli_import, cli_show, errors, pipeline
 
     console: Console = context.obj
+    if device == "cpu" and dtype is not None:
+        raise errors.bad_command_line("edgeexport parity", "--dtype belongs to --device cuda")
+    if device == "cuda" and imported:
+        raise errors.bad_command_line("edgeexport parity", "--device and --import exclude each other")
     if imported:
         if model is not None:
             raise errors.bad_command_line("edgeexport parity", "MODEL and --import exclude each other")
@@ -209,6 +220,11 @@ def parity(
         raise errors.bad_command_line("edgeexport parity", "Missing argument 'MODEL'.")
     if out is not None:
         raise errors.bad_command_line("edgeexport parity", "--out belongs to --import")
+    if device == "cuda":
+        from edgeexport import cli_gpu
+
+        cli_show.inspect(console, cli_gpu.parity(bundle, model, dtype or "float16"))
+        return
     limit = _size("--max-rss", max_rss)
     cli_show.parity(console, bundle, pipeline.parity(bundle, model, level=level, max_rss=limit, console=console))
 
@@ -360,6 +376,7 @@ def bench(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompt.")] = 64,
     decode_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
     threads: Threads = None,
+    device: Device = "cpu",
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -372,6 +389,11 @@ def bench(
     from edgeexport import cli_show
 
     console: Console = context.obj
+    if device == "cuda":
+        from edgeexport import cli_gpu
+
+        cli_show.bench(console, cli_gpu.bench(bundle, prompt_tokens, decode_tokens))
+        return
     cli_show.bench(
         console,
         benches.bench(

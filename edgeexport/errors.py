@@ -1373,6 +1373,10 @@ def engine_not_built(component: str, said: str) -> LoweringError:
     )
 
 
+def no_gpu(why: str, fix: str) -> ToolError:
+    return ToolError(_error("no-gpu", "nothing here can run on an NVIDIA GPU", "--device cuda", why, fix))
+
+
 def nothing_to_reduce(path: Path) -> UsageError:
     return UsageError(
         _error(

@@ -23,7 +23,7 @@ LOADER = CPP.parent
 TEMPLATE = (
     "{% for message in messages %}<s>{{ message['role'] }}\n{{ message['content'] }}</s>\n{% endfor %}<s>assistant\n"
 )
-CHECKS = ("cancel", "misuse", "threads", "close", "leaks", "governed", "thermal")
+CHECKS = ("cancel", "pieces", "misuse", "threads", "close", "leaks", "governed", "thermal")
 
 
 class Machine:
@@ -81,11 +81,12 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random Llama with a tokenizer of bytes and a chat template."""
+    """A random Llama with a tokenizer of bytes and a chat template; its context is longer than two pieces."""
     root = tmp_path_factory.mktemp("tiny")
-    model = with_tokenizer(write_checkpoint(root / "llama", families.find("llama").tiny))
+    config = families.find("llama").tiny | {"max_position_embeddings": 2048}
+    model = with_tokenizer(write_checkpoint(root / "llama", config))
     (model / "chat_template.jinja").write_text(TEMPLATE)
-    return build(str(model), "android-ort", root, quant="fp32", context=96, parity="L4").bundle
+    return build(str(model), "android-ort", root, quant="fp32", context=1200, parity="L4").bundle
 
 
 def answered(bundle: Path, prompt: list[int], sampling: Sampling) -> tuple[list[int], str | None]:

@@ -5,6 +5,7 @@
 
 #include "errors.h"
 #include "input_errors.h"
+#include "jni_errors.h"
 
 namespace edgeexport {
 namespace {
@@ -16,11 +17,6 @@ std::size_t checked(std::int64_t maxTokens) {
 
 }  // namespace
 
-Error answerInterrupted(const std::string& why) {
-  return {"answer-interrupted", "the answer cannot go on", "Answer", why,
-          "let an answer end before its session is used otherwise, or begin another one"};
-}
-
 Answer::Answer(Session& session, Prompt prompt, const Sampling& sampling, std::int64_t maxTokens,
                std::vector<std::int64_t> stopIds, std::optional<TextStream> text)
     : session_(session),
@@ -31,16 +27,34 @@ Answer::Answer(Session& session, Prompt prompt, const Sampling& sampling, std::i
       text_(std::move(text)),
       logits_(session.vocab()) {}
 
+void Answer::requireUntouched() const {
+  const std::size_t found = session_.position();
+  if (found != position_) {
+    throw errors::answerInterrupted("the session is at position " + std::to_string(found) + ", and the answer was at " +
+                                    std::to_string(position_));
+  }
+}
+
+bool Answer::feedPiece() {
+  const std::size_t left = prompt_.tokens.size() - taken_;
+  if (left <= kLongestPiece || !prompt_.features.empty() || last_ || fed_) return false;
+  if (taken_ > 0) {
+    requireUntouched();
+  } else if (left > session_.context() - session_.position()) {  // none of it, then
+    throw errors::contextFull(session_.position(), left, session_.context());
+  }
+  session_.prefill(prompt_.tokens.data() + taken_, kLongestPiece, nullptr);
+  taken_ += kLongestPiece;
+  position_ = session_.position();
+  return true;
+}
+
 void Answer::feed() {
-  if (!last_) {
-    session_.prefill(prompt_.tokens.data(), prompt_.tokens.size(), logits_.data(), prompt_.features);
-  } else {
-    const std::size_t found = session_.position();
-    if (found != position_) {
-      throw answerInterrupted("the session is at position " + std::to_string(found) + ", and the answer was at " +
-                              std::to_string(position_));
-    }
+  if (last_ || taken_ > 0) requireUntouched();
+  if (last_) {
     session_.decode(*last_, logits_.data());
+  } else {
+    session_.prefill(prompt_.tokens.data() + taken_, prompt_.tokens.size() - taken_, logits_.data(), prompt_.features);
   }
   position_ = session_.position();
   fed_ = true;

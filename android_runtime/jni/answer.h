@@ -7,14 +7,11 @@
 #include <string>
 #include <vector>
 
-#include "edgeexport/error.h"
 #include "edgeexport/sampling.h"
 #include "edgeexport/session.h"
 #include "edgeexport/tokenizer.h"
 
 namespace edgeexport {
-
-Error answerInterrupted(const std::string& why);
 
 // A stop id was chosen; as many tokens as asked for were given; the cache is full.
 enum class FinishReason { kStop, kLength, kContext };
@@ -32,6 +29,10 @@ class Answer {
   Answer(Session& session, Prompt prompt, const Sampling& sampling, std::int64_t maxTokens,
          std::vector<std::int64_t> stopIds, std::optional<TextStream> text);
 
+  // Takes in a piece of a prompt that is longer than one, of kLongestPiece tokens; false where there is none left, or
+  // the prompt shows something. A caller that lost interest stops in between. Throws as next does.
+  bool feedPiece();
+
   // The next token, or nothing at the end; `text` is what became certain with it. Throws what prefill and decode throw,
   // nonfinite-logits, and answer-interrupted where the session's position was changed since the last token. A call that
   // throws may be made again.
@@ -40,6 +41,7 @@ class Answer {
   std::optional<FinishReason> finishReason() const noexcept { return reason_; }
 
  private:
+  void requireUntouched() const;
   void feed();
 
   Session& session_;
@@ -49,6 +51,7 @@ class Answer {
   const std::vector<std::int64_t> stopIds_;
   std::optional<TextStream> text_;
   std::vector<float> logits_;
+  std::size_t taken_ = 0;             // tokens of the prompt that are in the cache
   std::size_t position_ = 0;          // of the session, behind what it was fed
   std::optional<std::int32_t> last_;  // the token that was given last
   std::size_t given_ = 0;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "errors.h"
+#include "jni_errors.h"
 
 namespace edgeexport {
 namespace {
@@ -37,8 +38,13 @@ std::int64_t Conversation::begin(Prompt prompt, const Sampling& sampling, std::i
 }
 
 Answer& Conversation::answer(std::int64_t number) {
-  if (!answer_ || number != answers_) throw answerInterrupted("another answer has begun since");
+  if (!answer_ || number != answers_) throw errors::answerInterrupted("another answer has begun since");
   return *answer_;
+}
+
+bool Conversation::feedPiece(std::int64_t number) {
+  const auto held = taken(answerMutex_);
+  return answer(number).feedPiece();
 }
 
 std::optional<std::int32_t> Conversation::next(std::int64_t number, std::string& text) {

@@ -32,6 +32,8 @@ class Conversation {
 
   // Begins an answer, which ends the one before, and gives its number. Throws session-busy, and what Answer throws.
   std::int64_t begin(Prompt prompt, const Sampling& sampling, std::int64_t maxTokens);
+  // Throws as next does.
+  bool feedPiece(std::int64_t answer);
   // The next token of the answer of this number. Throws answer-interrupted where it is not the last one that began,
   // session-busy, and what Answer::next throws.
   std::optional<std::int32_t> next(std::int64_t answer, std::string& text);

@@ -9,6 +9,7 @@
 #include "handles.h"
 #include "input_errors.h"
 #include "java.h"
+#include "jni_errors.h"
 
 namespace {
 
@@ -35,10 +36,6 @@ RuntimeOptions optionsOf(JNIEnv* env, jint threads, jstring onnxruntime, jstring
   if (!libraries[1].empty()) made.litert = libraries[1];
   made.cacheFolder = java::text(env, cacheFolder, "cacheFolder");
   return made;
-}
-
-Error badArgument(const std::string& what, const std::string& where, const std::string& why) {
-  return {"bad-argument", what, where, why, "pass what the method's comment asks for"};
 }
 
 jint size(std::size_t value) {
@@ -71,7 +68,7 @@ Features featuresOf(JNIEnv* env, jobject given) {
   made.gridRows = count(names.gridRows);
   made.gridColumns = count(names.gridColumns);
   if (made.rows * made.width != made.values.size()) {
-    throw badArgument("these are no features", "Features", "their values do not fill their rows");
+    throw errors::badJavaArgument("these are no features", "Features", "their values do not fill their rows");
   }
   return made;
 }
@@ -107,7 +104,7 @@ class Logits {
     if (given == nullptr) return;
     values_.resize(session.vocab());
     if (static_cast<std::size_t>(env->GetArrayLength(given)) != values_.size()) {
-      throw badArgument("the array of logits has another size", "logits",
+      throw errors::badJavaArgument("the array of logits has another size", "logits",
                         "it must have vocab() = " + std::to_string(values_.size()) + " numbers, or be null");
     }
   }
@@ -280,6 +277,10 @@ jlong begin(JNIEnv* env, jclass, jlong handle, jintArray prompt, jobjectArray sh
   });
 }
 
+jboolean feed(JNIEnv* env, jclass, jlong handle, jlong answer) {
+  return guarded(env, [&]() -> jboolean { return found(handle)->feedPiece(answer) ? JNI_TRUE : JNI_FALSE; });
+}
+
 jint next(JNIEnv* env, jclass, jlong handle, jlong answer, jobjectArray text) {
   return guarded(env, [&]() -> jint {
     const auto session = found(handle);
@@ -340,6 +341,7 @@ bool registerMethods(JNIEnv* env) {
       row("greedy", "(J)I", greedy),
       row("truncate", "(JJ)V", truncate),
       row("begin", "(J[I" SHOWN "IDDIFFJ)J", begin),
+      row("feed", "(JJ)Z", feed),
       row("next", "(JJ[" TEXT ")I", next),
       row("finishReason", "(JJ)I", finishReason),
       row("govern", "(JDDDDDDDDD)V", govern),

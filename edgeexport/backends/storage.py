@@ -196,6 +196,8 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
         if fmt.palette:
             scales, palettes = scales.T
             _write_all(descriptor, palettes, weight.palettes_offset + 2 * job.start)
+        else:  # a row's one scale, for each of the blocks that a runtime reads it in
+            scales = np.repeat(scales, blocks(width, fmt) // scales.shape[1], axis=1)
         if job.name in layout.turned:
             sign = np.where(layout.turned[job.name][job.start : job.stop], -1, 1)[:, None]
             values, scales = (values * sign).astype(np.int8), (scales * sign).astype(scales.dtype)

@@ -105,6 +105,44 @@ suspend fun cancel(given: Given) = given.open().use { session ->
     expect(1, reached)
 }
 
+/** A prompt that is longer than one piece of 512: the same answer, and a collector that stops while it is taken in. */
+suspend fun pieces(given: Given) {
+    val long = IntArray(1100) { it % 200 }
+    given.blocking().use { session ->
+        session.prefill(long, null)
+        val wanted = session.greedy()
+        session.reset()
+        val answer = session.answer(long, Sampling.GREEDY, 4)
+        for (taken in listOf(512, 1024)) {
+            expect(true, answer.feed())
+            expect(taken, session.position())
+        }
+        expect(false, answer.feed())
+        expect(1024, session.position())
+        expect(wanted, answer.next().id)
+        expect(wanted, session.run { reset(); answer(long, Sampling.GREEDY, 4).next().id })
+        expect("context-full", code { session.answer(long, Sampling.GREEDY, 4).next() })
+        expect(long.size, session.position())
+        session.reset()
+        val moved = session.answer(long, Sampling.GREEDY, 4)
+        moved.feed()
+        session.truncate(7)
+        expect("answer-interrupted", code { moved.feed() })
+    }
+    given.open().use { session ->
+        val stopped = (1..20).minOf {
+            session.reset()
+            runBlocking {
+                val job = launch(Dispatchers.Default) { session.answer(long, maxTokens = 64).collect() }
+                while (session.position < 512) yield()
+                job.cancelAndJoin()
+            }
+            session.position
+        }
+        check(stopped < long.size) { "it always went on to $stopped" }
+    }
+}
+
 suspend fun misuse(given: Given) {
     expect("bundle-not-found", code { EdgeSession.open("/nowhere/at/all") })
     expect("bundle-not-found", code { EdgeSession.verify("/nowhere/at/all") })
@@ -296,6 +334,7 @@ val CHECKS: Map<String, suspend (Given) -> Unit> = mapOf(
     "answer" to ::answer,
     "text" to { text(it) },
     "cancel" to ::cancel,
+    "pieces" to ::pieces,
     "misuse" to ::misuse,
     "threads" to { threads(it) },
     "close" to { close(it) },

@@ -168,6 +168,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "chat_template_without_table": {"problem": "that writes today's date"},
     "mnn_tokenizer_unsupported": {"part": "normalizer", "kind": "Precompiled"},
     "engine_not_built": {"component": "decoder", "said": "Error Code 2: Internal Error"},
+    "no_gpu": {"why": "PyTorch 2.13.0+cpu finds none", "fix": "leave --device out, or go where a GPU is"},
     "nothing_to_reduce": {"path": Path("decoder.onnx")},
     "check_does_not_run": {"check": "python check.py", "problem": "it has no {} where the ONNX file's path would go"},
     "reduction_failed": {"path": Path("decoder.onnx"), "said": "[!] some shapes could not be inferred"},

@@ -66,7 +66,9 @@ void readChecked(const Bundle& bundle, const std::string& name, const Take& take
     hash.update(data, size);
     take(data, size);
   };
-  if (!file.opened() || !file.each(limit, total, hashed)) throw errors::bundleFileChanged(path, name, std::string("it cannot be read: ") + std::strerror(errno));
+  if (!file.opened() || !file.each(limit, total, hashed)) {
+    throw errors::bundleFileChanged(path, name, std::string("it cannot be read: ") + std::strerror(errno));
+  }
   if (total != static_cast<std::size_t>(entry.size) || hash.hex() != entry.sha256) {
     throw errors::bundleFileChanged(path, name, "its sha256 is not the one in the manifest");
   }

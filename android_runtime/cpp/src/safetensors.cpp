@@ -53,7 +53,7 @@ Safetensors Safetensors::parse(std::string file) {
   const std::size_t begin = kLength + static_cast<std::size_t>(header);
   Safetensors made;
   try {
-    const Json found = Json::parse(std::string_view(file).substr(kLength, header));
+    const Json found = Json::parse(std::string_view(file).substr(kLength, static_cast<std::size_t>(header)));
     for (const auto& [name, entry] : found.members()) {
       if (name != "__metadata__") made.tensors_[name] = tensor(entry, begin, file.size() - begin);
     }

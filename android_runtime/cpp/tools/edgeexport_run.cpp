@@ -8,7 +8,7 @@
 //   --max-tokens N     length of each answer (16); a stop id ends it
 //   --threads N        0: the runtime chooses
 //   --onnxruntime PATH, --litert PATH, --cache FOLDER
-//   --check            compares golden vectors with the bundle's gates
+//   --check            makes the conversations anew, and compares golden vectors with the bundle's gates
 //   --report           prints the report that `edgeexport parity BUNDLE --import` reads
 //   --verify           reads every file of the bundle and compares its hash
 #include <chrono>
@@ -211,8 +211,8 @@ int main(int count, char** values) {
     arguments = parse(count, values);
   } catch (const std::logic_error& problem) {
     std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] "
-                 "[--keep N] [--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] [--cache FOLDER] "
-                 "[--check] [--report] [--verify]: not understood: "
+                 "[--keep N] [--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] "
+                 "[--cache FOLDER] [--check] [--report] [--verify]: not understood: "
               << problem.what() << "\n";
     return 2;
   }

@@ -73,7 +73,8 @@ EDGEEXPORT_API edgeexport_error* edgeexport_session_expand(edgeexport_session* s
                                                            size_t* expanded_count);
 EDGEEXPORT_API void edgeexport_features_free(edgeexport_features* features); /* may be null */
 
-/* Replays the golden vectors; an error where a gate is missed. */
+/* Makes the bundle's conversations anew and replays its golden vectors, of pictures and sound too; an error where
+   something else comes out. */
 EDGEEXPORT_API edgeexport_error* edgeexport_session_self_check(const edgeexport_bundle* bundle,
                                                                edgeexport_session* session);
 /* The JSON for `edgeexport parity --import`; free it with edgeexport_free. `options` may be null. */

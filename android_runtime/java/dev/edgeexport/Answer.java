@@ -9,6 +9,7 @@ public final class Answer {
     private final long session;
     private final long ticket;
     private long due = System.nanoTime(); // when the governor lets the next token begin
+    private boolean begun;
     private boolean ended;
     private FinishReason reason;
 
@@ -22,7 +23,14 @@ public final class Answer {
         for (long left = pauseNanos(); left > 0 && !Thread.currentThread().isInterrupted(); left = pauseNanos()) {
             LockSupport.parkNanos(left);
         }
+        while (feed()) { /* one piece after the other */ }
         return compute();
+    }
+
+    /** Takes in a piece of a long prompt; false where there is nothing left to take in before a token. */
+    boolean feed() {
+        begun = begun || !Native.feed(session, ticket);
+        return !begun;
     }
 
     /** How long the governor wants to wait before the next token. */

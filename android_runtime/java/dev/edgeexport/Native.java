@@ -50,6 +50,9 @@ final class Native {
             long session, int[] prompt, Features[] shown, int maxTokens, double temperature, double topP, int topK,
             float repetitionPenalty, float frequencyPenalty, long seed);
 
+    /** Takes in a piece of a long prompt; false where what is left is for next. */
+    static native boolean feed(long session, long answer);
+
     /** The token's id, or -1 at the end; what became certain of the text is put into the array of one. */
     static native int next(long session, long answer, String[] text);
 

@@ -5,7 +5,9 @@ import kotlin.time.Duration.Companion.nanoseconds
 import kotlinx.coroutines.CoroutineDispatcher
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.channels.Channel
+import kotlinx.coroutines.currentCoroutineContext
 import kotlinx.coroutines.delay
+import kotlinx.coroutines.ensureActive
 import kotlinx.coroutines.flow.Flow
 import kotlinx.coroutines.flow.buffer
 import kotlinx.coroutines.flow.flow
@@ -48,8 +50,8 @@ class EdgeSession private constructor(
     /**
      * An answer behind what is in the cache, begun when it is collected: each token as soon as it is there.
      *
-     * A collector that is cancelled, or has enough, stops it after the token, or the piece of the prompt, that is being
-     * computed; what is in the cache then stays there. `onEnd` hears why an answer ended by itself.
+     * A collector that is cancelled, or has enough, stops it after the token, or the 512 of the prompt, that are
+     * being computed; what is in the cache then stays there. `onEnd` hears why an answer ended by itself.
      */
     fun answer(
         prompt: IntArray,
@@ -59,6 +61,7 @@ class EdgeSession private constructor(
         onEnd: (FinishReason) -> Unit = {},
     ): Flow<Token> = flow {
         val answer = session.answer(prompt, sampling, maxTokens, *shown.toTypedArray())
+        while (answer.feed()) currentCoroutineContext().ensureActive()
         while (true) {
             delay(answer.pauseNanos().nanoseconds)
             emit(answer.compute() ?: break)
