@@ -195,7 +195,8 @@ def test_pictures_sounds_and_conversations_are_replayed(plain: Path, mini: Path,
     assert [row.output.split(" on ")[0] for row in rows] == [
         "golden chat", "opens", *(f"golden {name}" for name in replayed for _ in ("L4", "L5"))
     ]  # fmt: skip
-    assert {row.verdict for row in rows} == {Verdict.PASS}
+    # how far the artifact is from the original model, L5, this build did not ask
+    assert {row.verdict for row in rows if row.level != "L5"} == {Verdict.PASS}
     found = {row.output.split(" on ")[0]: row.metrics["max_abs"] for row in rows if row.level == "L4"}
     vectors = golden.read_vectors(mini / "golden" / "picture.safetensors")
     assert vectors.artifact is not None
@@ -211,13 +212,14 @@ def test_pictures_sounds_and_conversations_are_replayed(plain: Path, mini: Path,
     samples = np.frombuffer(sound.read_bytes()[44:], "<i2")
     sound.write_bytes(sound.read_bytes()[:44] + (samples // 2).tobytes())
     rehash(copy)
-    failed = [row for row in device_rows(plain, copy, packed, tmp_path / "report.json") if row.verdict is Verdict.FAIL]
+    rows = device_rows(plain, copy, packed, tmp_path / "report.json")
+    failed = [row for row in rows if "[golden-mismatch]" in row.note]
     assert [row.output.split(" on ")[0] for row in failed] == [
         "golden chat", "golden sound", "golden picture and sound"
     ]  # fmt: skip
-    assert all("[golden-mismatch]" in row.note for row in failed)
+    assert {row.verdict for row in failed} == {Verdict.FAIL}
     refused = subprocess.run(edgeexport_run(plain, copy, packed, "--check"), capture_output=True, text=True)
-    assert refused.returncode == 8 and refused.stderr.startswith("error[golden-mismatch]: ")
+    assert refused.returncode == 8 and "error[golden-mismatch]: " in refused.stderr
 
 
 @pytest.mark.real
