@@ -32,8 +32,8 @@ activations of one token."""
 MEMORY_FORMULA = (
     "imports 375 MiB + buffers 128 MiB; up to L3 also 2 layers in float32, at most 512 MiB; with the whole ladder, "
     "if that is more, twice artifact + KV cache (ONNX Runtime packs the weights anew) and the float32 weights that a "
-    "backend's host runner holds (Core ML: at most 1 GiB, MNN: all); where a compiler runs as a process of its own "
-    "(TensorRT: 2.5 times the artifact), that is added while it does"
+    "backend's host runner holds (Core ML: at most 1 GiB, MNN and TensorRT: all); where a compiler is "
+    "a process of its own (TensorRT: 2.5 times the artifact), that is added while it runs"
 )
 TIME_FORMULA = "imports and tracing 8 s + weights / 200 million per second, without the ladder"
 

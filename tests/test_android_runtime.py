@@ -30,16 +30,8 @@ from edgeexport.session.image_file import Image, read_image
 TARGETS = ("android-ort", "android-tflite")
 TOKENS = 16
 CODES_OF_DEVICES = {
-    *(
-        "answer-interrupted",
-        "backend-not-built",
-        "bad-argument",
-        "bad-policy",
-        "bad-text",
-        "out-of-memory",
-        "runtime-failed",
-    ),
-    *("runtime-missing", "runtime-too-old", "session-busy"),
+    *("answer-interrupted", "backend-not-built", "bad-argument", "bad-policy", "bad-text"),
+    *("out-of-memory", "runtime-failed", "runtime-missing", "runtime-too-old", "session-busy"),
 }
 
 

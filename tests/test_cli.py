@@ -122,7 +122,8 @@ def test_a_bad_command_line_is_a_finding(arguments: list[str], place: str, capsy
 
 
 def test_build_passes_its_options_on(pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    line = "build m --target a -t b --quant fp32 --context 64 --parity L3 --max-rss 1.5G --samples s --dump d --force -o o --json"
+    line = "build m --target a -t b --quant fp32 --context 64 --parity L3 --max-rss 1.5G --samples s --dump d"
+    line += " --force -o o --json"
     assert execute(line.split()) == 0
     (model, target, out, options), second = pipeline.calls
     assert (model, target, out, second[1]) == ("m", "a", Path("o"), "b")

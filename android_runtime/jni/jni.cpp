@@ -141,7 +141,8 @@ jstring deviceReport(JNIEnv* env, jclass, jstring folder, jint threads, jstring 
   return guarded(env, [&] {
     const RuntimeOptions options = optionsOf(env, threads, onnxruntime, litert, cache);
     const Device device{java::text(env, model, "model"), java::text(env, system, "system")};
-    return java::string(env, edgeexport::deviceReport(Bundle::open(java::text(env, folder, "folder")), options, device));
+    const Bundle bundle = Bundle::open(java::text(env, folder, "folder"));
+    return java::string(env, edgeexport::deviceReport(bundle, options, device));
   });
 }
 
@@ -167,7 +168,8 @@ jint vocab(JNIEnv* env, jclass, jlong handle) {
 jlongArray stopIds(JNIEnv* env, jclass, jlong handle) {
   return guarded(env, [&] {
     const auto session = found(handle);
-    const std::vector<jlong> ids(session->bundle().manifest().stopIds.begin(), session->bundle().manifest().stopIds.end());
+    const std::vector<std::int64_t>& stops = session->bundle().manifest().stopIds;
+    const std::vector<jlong> ids(stops.begin(), stops.end());
     const jlongArray made = env->NewLongArray(static_cast<jsize>(ids.size()));
     java::check(env);
     env->SetLongArrayRegion(made, 0, static_cast<jsize>(ids.size()), ids.data());
@@ -207,7 +209,8 @@ jintArray tokenize(JNIEnv* env, jclass, jlong handle, jstring text, jboolean add
 jstring detokenize(JNIEnv* env, jclass, jlong handle, jintArray tokens, jboolean skipSpecialTokens) {
   return guarded(env, [&] {
     const auto session = found(handle);
-    return java::string(env, session->tokenizer().decode(java::ints(env, tokens, "tokens"), skipSpecialTokens == JNI_TRUE));
+    const std::vector<std::int32_t> ids = java::ints(env, tokens, "tokens");
+    return java::string(env, session->tokenizer().decode(ids, skipSpecialTokens == JNI_TRUE));
   });
 }
 
@@ -238,9 +241,10 @@ void prefill(JNIEnv* env, jclass, jlong handle, jintArray tokens, jobjectArray s
   guarded(env, [&] {
     const auto session = found(handle);
     const std::vector<Features> features = listOf(env, shown);
-    const std::vector<std::int32_t> prompt = session->session().expand(tokensOf(env, session->session(), tokens), features);
-    Logits out(env, session->session(), logits);
-    session->session().prefill(prompt.data(), prompt.size(), out.data(), features);
+    Session& used = session->session();
+    const std::vector<std::int32_t> prompt = used.expand(tokensOf(env, used, tokens), features);
+    Logits out(env, used, logits);
+    used.prefill(prompt.data(), prompt.size(), out.data(), features);
     out.give();
   });
 }

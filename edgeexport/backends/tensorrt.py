@@ -64,7 +64,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(positive_scales=True, compiler=2.5)  # 2.2 were measured: docs/tensorrt.md
+TRAITS = Traits(positive_scales=True, widens=1 << 62, compiler=2.5)  # 2.2 were measured: docs/tensorrt.md
 
 
 def versions() -> dict[str, str]:

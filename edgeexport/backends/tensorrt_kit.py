@@ -158,4 +158,4 @@ def write_package(
     return path
 
 
-TRAITS = Traits(positive_scales=True, package=write_package)
+TRAITS = Traits(positive_scales=True, widens=1 << 62, package=write_package)

@@ -154,6 +154,7 @@ suspend fun misuse(given: Given) {
     val huge = IntArray(50_000_000) { 1 }
     suspend fun answered(tokens: IntArray, sampling: Sampling = Sampling.GREEDY, most: Int = 4) =
         code { session.answer(tokens, sampling = sampling, maxTokens = most).collect() }
+    suspend fun shown(features: Features) = code { session.answer(prompt, listOf(features)).collect() }
     expect("bad-token", answered(intArrayOf()))
     expect("bad-token", answered(intArrayOf(1, -1)))
     expect("bad-token", answered(intArrayOf(session.vocab)))
@@ -168,8 +169,8 @@ suspend fun misuse(given: Given) {
     expect("not-an-image", code { session.encodeImage(ByteArray(12), Int.MAX_VALUE, Int.MAX_VALUE) })
     expect("not-an-image", code { session.encodeImage(ByteArray(12), -2, -2) })
     expect("modality-missing", code { session.encodeAudio(FloatArray(16), 16000) })
-    expect("modality-missing", code { session.answer(prompt, listOf(Features("vision", 1, 2, FloatArray(2), 1, 1))).collect() })
-    expect("bad-argument", code { session.answer(prompt, listOf(Features("vision", 9, 9, FloatArray(2), 1, 1))).collect() })
+    expect("modality-missing", shown(Features("vision", 1, 2, FloatArray(2), 1, 1)))
+    expect("bad-argument", shown(Features("vision", 9, 9, FloatArray(2), 1, 1)))
     expect("bad-policy", code { session.govern(GovernorPolicy(-1.0)) })
     expect(0, session.position)
     session.close()
@@ -252,7 +253,12 @@ fun close(given: Given) {
         val session = given.open()
         val received = AtomicInteger()
         val collecting = async(Dispatchers.Default) {
-            code { while (true) { session.reset(); session.answer(given.prompt, maxTokens = 64).collect { received.incrementAndGet() } } }
+            code {
+                while (true) {
+                    session.reset()
+                    session.answer(given.prompt, maxTokens = 64).collect { received.incrementAndGet() }
+                }
+            }
         }
         while (received.get() < 2) yield()
         session.close()

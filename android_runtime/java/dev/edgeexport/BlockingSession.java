@@ -8,8 +8,8 @@ import java.util.List;
  *
  * <p>Any thread may call anything at any time. One call runs at a time: another that comes meanwhile is refused with
  * session-busy. close() lets a running call end, with session-closed, at its next token; everything after it is refused
- * with session-closed, and closing again does nothing. All failures are an EdgeException, but that a null where none may
- * be is a NullPointerException.
+ * with session-closed, and closing again does nothing. All failures are an EdgeException; a null where
+ * none may be is a NullPointerException.
  */
 public final class BlockingSession implements AutoCloseable {
     private final long handle;
