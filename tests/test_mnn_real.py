@@ -15,6 +15,7 @@ ASK = """
 import sys
 import _mnncengine.llm as engine
 llm = engine.create(sys.argv[1], False)
+llm.set_config('{"max_new_tokens": 24}')
 assert llm.load()
 print(llm.response("What is the capital of France?", False))
 """

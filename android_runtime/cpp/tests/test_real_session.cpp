@@ -65,11 +65,11 @@ void fillCache(const Bundle& bundle, const RuntimeOptions& options) {
 void tooLittleMemory(const Bundle& bundle, const RuntimeOptions& options) {
   rlimit before{};
   ::getrlimit(RLIMIT_AS, &before);
-  const rlimit little{std::size_t{200} << 20, before.rlim_max};
+  const rlimit little{std::size_t{100} << 20, before.rlim_max};
   ::setrlimit(RLIMIT_AS, &little);
   const std::string code = codeOf([&] { Session::open(bundle, options); });
   ::setrlimit(RLIMIT_AS, &before);
-  std::printf("with 200 MiB of address space: %s\n", code.c_str());
+  std::printf("with 100 MiB of address space: %s\n", code.c_str());
   CHECK(code == "artifact-does-not-open" || code == "out-of-memory" || code == "runtime-missing");
 }
 
