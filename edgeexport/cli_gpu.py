@@ -41,7 +41,10 @@ def parity(folder: Path, model: str, dtype: Dtype) -> dict[str, Any]:
     job = shipping.job_of_bundle(folder, model, "L5")
     golden = _golden(folder)
     with WeightReader() as reader:
-        rows: Rows = lambda name, start, stop: reader.rows(job.checkpoint.tensors[name], start, stop)  # noqa: E731
+
+        def rows(name: str, start: int, stop: int) -> Array:
+            return reader.rows(job.checkpoint.tensors[name], start, stop)
+
         step = torch_step(job.family.oracle(job.checkpoint.config), rows, "cuda", dtype)
     found = [compared(f"PyTorch in {dtype}", step, golden)]
     if (engine := engine_of(open_bundle(folder))) is not None:

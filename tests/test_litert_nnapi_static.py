@@ -81,6 +81,10 @@ CASES = [
         {"x": normal(1, 5, 32)}, weights=LINEAR, becomes=("CONV_2D",), gone=("ADD",),
     ),
     OpCase(
+        "MatMul", "of rows that are a kernel's already", "t = Transpose <perm = [1, 0]> (w)\ny = MatMul (x, t)",
+        {"x": normal(1, 5, 1, 32)}, weights={"w": LINEAR["w"]}, becomes=("CONV_2D",), gone=("RESHAPE",),
+    ),
+    OpCase(
         "MatMul", "of two activations", "y = MatMul (x, z)", {"x": normal(2, 3, 8), "z": normal(2, 8, 4)},
         gone=("QUANTIZE",),
     ),

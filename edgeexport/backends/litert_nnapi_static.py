@@ -26,7 +26,7 @@ from edgeexport.backends.litert import specs
 from edgeexport.backends.litert_file import ModelFile, Tensor
 from edgeexport.backends.litert_lowering import Lowering
 from edgeexport.backends.litert_names import STEP
-from edgeexport.backends.litert_ops import bias_of
+from edgeexport.backends.litert_ops import Sliding, bias_of
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import attribute, linear
 from edgeexport.core import Array, CanonicalModel, Progress, QuantPlan, Signature, WeightSource
@@ -62,9 +62,10 @@ class _Bias:
 
 @dataclass
 class _Activations:
-    """Every int8 activation of a graph by the index of its tensor, and the biases that hang on their scales."""
+    """The quantisations of a graph's int8 activations, each beside the index of a tensor that shows its range, and the
+    biases that hang on their scales."""
 
-    quantization: dict[int, Any] = field(default_factory=dict)
+    shown: list[tuple[int, Any]] = field(default_factory=list)
     biases: list[_Bias] = field(default_factory=list)
 
 
@@ -107,6 +108,8 @@ class StaticLowering(Lowering):
         else:
             x = self.value(value)
             made = self.emit8("QUANTIZE", [x], x.shape, "QuantizeOptions")
+            # In float32 there is no QUANTIZE: the number that goes in shows the range.
+            self.activations.shown.append((x.index, self.graph.tensors[made.index].quantization))
         self._plain[value] = made
         return made
 
@@ -157,7 +160,7 @@ class StaticLowering(Lowering):
 
     def _quantise(self, tensor: Tensor, quantization: Any) -> None:
         self.graph.tensors[tensor.index].quantization = quantization
-        self.activations.quantization[tensor.index] = quantization
+        self.activations.shown.append((tensor.index, quantization))
 
     # weights
 
@@ -187,9 +190,10 @@ class StaticLowering(Lowering):
         scales = np.concatenate(found)[:, 0].astype(np.float32) * np.abs(factor)
         scales = np.maximum(scales, np.finfo(np.float32).tiny)
         quantization = file.schema.QuantizationParametersT(
-            scale=scales, zeroPoint=np.zeros(len(scales), np.int64), quantizedDimension=seen.index(shape[0], 0)
-            if order[0] == 0 else len(seen) - 1,
-        )  # fmt: skip
+            scale=scales,
+            zeroPoint=np.zeros(len(scales), np.int64),
+            quantizedDimension=0 if order[0] == 0 else len(seen) - 1,
+        )
         return self.graph.tensor(seen, "int8", name, held.rows, quantization), scales
 
     def bias8(self, values: Array, x: Tensor, kernel: Tensor, scales: Array) -> Tensor:
@@ -206,7 +210,7 @@ class StaticLowering(Lowering):
         was seen), and the biases by the scales. What was not seen keeps its stand-in.
         """
         seen: dict[int, tuple[Any, list[float]]] = {}
-        for index, quantization in self.activations.quantization.items():
+        for index, quantization in self.activations.shown:
             seen.setdefault(id(quantization), (quantization, [0.0]))[1].extend(ranges.get(index, ()))
         for quantization, found in seen.values():
             low, high = min(found), max(found)
@@ -246,27 +250,14 @@ def conv(node: ir.Node, ctx: StaticLowering) -> None:
         nnapi.conv(node, ctx)
         return
     axes = len(shape) - 2
-    given = ctx.channels_last(x)
-    strides, dilations, pads = (
-        list(attribute(node, key, [fill] * count)) for key, fill, count in
-        (("strides", 1, axes), ("dilations", 1, axes), ("pads", 0, 2 * axes))
-    )  # fmt: skip
-    if axes == 1:
-        strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
-    if any(pads):
-        around = np.array([[0, 0], [pads[0], pads[2]], [pads[1], pads[3]], [0, 0]], np.int32)
-        sizes = [size + int(extra) for size, extra in zip(given.shape, around.sum(1), strict=True)]
-        padded = ctx.graph.emit("PAD", [given, ctx.graph.constant(around)], sizes, "PadOptions", dtype="int8")
-        given = ctx.alike(padded, given)
+    given, sliding = ctx.channels_last(x), Sliding.of(node, axes)
+    given = ctx.alike(sliding.padded(given, ctx), given)
     factor, bias, output = _affine(node, shape[0], ctx)
     clamp, output = _clamp(output, ctx)
     window = (1, shape[2]) if axes == 1 else shape[2:]
-    places = [(given.shape[k + 1] - dilations[k] * (size - 1) - 1) // strides[k] + 1 for k, size in enumerate(window)]
-    settings = {
-        "padding": ctx.graph.file.schema.Padding.VALID, "strideH": strides[0], "strideW": strides[1],
-        "dilationHFactor": dilations[0], "dilationWFactor": dilations[1],
-        "fusedActivationFunction": getattr(ctx.graph.file.schema.ActivationFunctionType, clamp),
-    }  # fmt: skip
+    places = sliding.places(given, window)
+    activation = getattr(ctx.graph.file.schema.ActivationFunctionType, clamp)
+    settings = {**sliding.settings(ctx), "fusedActivationFunction": activation}
     inner = tuple(range(2, len(shape)))
     if depthwise:
         order, seen = (1, *inner, 0), (1, *window, shape[0])
@@ -309,6 +300,12 @@ def _clamp(output: ir.Value, ctx: StaticLowering) -> tuple[str, ir.Value]:
     return named, clip.outputs[0]
 
 
+def _floating(op: str) -> Callable[[ir.Node, StaticLowering], None]:
+    row = nnapi.OPS.get(op)
+    assert row is not None and row.lower is not None
+    return row.lower
+
+
 def _unless_absorbed(lower: Callable[[Any, Any], None]) -> Callable[[ir.Node, StaticLowering], None]:
     def row(node: ir.Node, ctx: StaticLowering) -> None:
         if node not in ctx.absorbed:
@@ -318,9 +315,7 @@ def _unless_absorbed(lower: Callable[[Any, Any], None]) -> Callable[[ir.Node, St
 
 
 for _op in ("BatchNormalization", "Clip"):
-    _row = nnapi.OPS.get(_op)
-    assert _row is not None and _row.lower is not None
-    OPS.lower(_op, note="in a convolution, or in float32")(_unless_absorbed(_row.lower))
+    OPS.lower(_op, note="in a convolution, or in float32")(_unless_absorbed(_floating(_op)))
 
 
 @OPS.lower("MatMul", note="CONV_2D of 1 x 1 in int8 by a weight, else in float32")
@@ -369,12 +364,6 @@ def add(node: ir.Node, ctx: StaticLowering) -> None:
     x, y = (ctx.int8(each) if last is None else ctx.channels_last(each) for each in (left, right))
     made = ctx.emit8("ADD", [x, y], np.broadcast_shapes(x.shape, y.shape), "AddOptions", version=2)
     ctx.learn_int8(node.outputs[0], made, last)
-
-
-def _floating(op: str) -> Callable[[ir.Node, StaticLowering], None]:
-    row = nnapi.OPS.get(op)
-    assert row is not None and row.lower is not None
-    return row.lower
 
 
 def _moved(op: str) -> Callable[[ir.Node, StaticLowering], None]:
@@ -434,7 +423,7 @@ def write(
         file.write(folder, source, lambda done, total: progress(done, 2 * total))
         write_exact(folder / file.name, folder / "float.tflite")
         for number, (lowering, signature) in enumerate(zip(lowerings, signatures, strict=True)):
-            model, wanted = lowering.model, frozenset(lowering.activations.quantization)
+            model, wanted = lowering.model, frozenset(index for index, _ in lowering.activations.shown)
             given = source.samples(model.variant)
             ranges = _observed(folder / "float.tflite", number, signature.name, wanted, given)
             if ranges is None:
@@ -468,13 +457,16 @@ def _observed(
 
 
 def _computed(path: Path, number: int) -> Iterator[int]:
-    """The tensors that operators of a graph make."""
+    """The tensors of a graph that hold numbers when it has run: its inputs, and what operators make."""
     import mmap
 
     from ai_edge_litert import schema_py_generated as schema
 
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
         model = schema.ModelT.InitFromPackedBuf(held)
-        found = [int(index) for operator in model.subgraphs[number].operators for index in operator.outputs]
-        del model
+        graph = model.subgraphs[number]
+        found = [
+            int(index) for tensors in (graph.inputs, *(each.outputs for each in graph.operators)) for index in tensors
+        ]
+        del model, graph  # its arrays are views of what closes here
     return iter(found)

@@ -11,7 +11,9 @@ Source of versions and limits: LiteRT 2.3, op_version.cc and the kernels.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -384,6 +386,50 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
     convolve(node, ctx, depthwise=False)
 
 
+@dataclass(frozen=True)
+class Sliding:
+    """How a convolution's window goes over [batch, height, width, channels], of height 1 where it goes over time."""
+
+    strides: tuple[int, int]
+    dilations: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    """Above, left, below, right."""
+
+    @classmethod
+    def of(cls, node: ir.Node, axes: int) -> Sliding:
+        """As a Conv over one or two axes of places says."""
+        strides, dilations, pads = (
+            list(attribute(node, key, [fill] * count)) for key, fill, count in
+            (("strides", 1, axes), ("dilations", 1, axes), ("pads", 0, 2 * axes))
+        )  # fmt: skip
+        if axes == 1:
+            strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
+        return cls((strides[0], strides[1]), (dilations[0], dilations[1]), (pads[0], pads[1], pads[2], pads[3]))
+
+    def padded(self, x: Tensor, ctx: Lowering) -> Tensor:
+        """A picture with what is around it."""
+        if not any(self.pads):
+            return x
+        above, left, below, right = self.pads
+        around = np.array([[0, 0], [above, below], [left, right], [0, 0]], np.int32)
+        sizes = [size + int(extra) for size, extra in zip(x.shape, around.sum(1), strict=True)]
+        return ctx.graph.emit("PAD", [x, ctx.graph.constant(around)], sizes, "PadOptions", dtype=x.dtype)
+
+    def places(self, x: Tensor, window: Sequence[int]) -> list[int]:
+        """Height and width of what comes out of a padded picture."""
+        return [
+            (x.shape[k + 1] - self.dilations[k] * (size - 1) - 1) // self.strides[k] + 1
+            for k, size in enumerate(window)
+        ]
+
+    def settings(self, ctx: Lowering) -> dict[str, Any]:
+        """The fields that both operators' options have."""
+        return {
+            "padding": ctx.graph.file.schema.Padding.VALID, "strideH": self.strides[0], "strideW": self.strides[1],
+            "dilationHFactor": self.dilations[0], "dilationWFactor": self.dilations[1],
+        }  # fmt: skip
+
+
 def convolve(node: ir.Node, ctx: Lowering, *, depthwise: bool) -> None:
     """A convolution; with `depthwise` one with a group for each channel by the operator that is made for it, which
     wants its kernel with the channels last."""
@@ -391,34 +437,21 @@ def convolve(node: ir.Node, ctx: Lowering, *, depthwise: bool) -> None:
     assert name is not None, "check has refused a kernel that is no weight"
     kernel = ctx.kernel(name)
     axes = len(x.shape) - 2
-    strides, dilations, pads = (
-        list(attribute(node, key, [fill] * count)) for key, fill, count in
-        (("strides", 1, axes), ("dilations", 1, axes), ("pads", 0, 2 * axes))
-    )  # fmt: skip
     if axes == 1:
         x = ctx.reshape(x, (*x.shape[:2], 1, x.shape[2]))
-        strides, dilations, pads = [1, *strides], [1, *dilations], [0, pads[0], 0, pads[1]]
     x = ctx.transpose(x, (0, 2, 3, 1))
-    if any(pads):
-        around = np.array([[0, 0], [pads[0], pads[2]], [pads[1], pads[3]], [0, 0]], np.int32)
-        padded = [size + int(extra) for size, extra in zip(x.shape, around.sum(1), strict=True)]
-        x = ctx.graph.emit("PAD", [x, ctx.graph.constant(around)], padded, "PadOptions")
+    sliding = Sliding.of(node, axes)
+    x = sliding.padded(x, ctx)
     outputs, height, width, depth = kernel.shape
-    sizes = [
-        (x.shape[k + 1] - dilations[k] * (size - 1) - 1) // strides[k] + 1 for k, size in enumerate((height, width))
-    ]
     bias = len(node.inputs) > 2 and node.inputs[2] is not None
     added = ctx.value(node.inputs[2]) if bias else ctx.graph.constant(np.zeros(outputs, np.float32))
-    settings = {
-        "padding": ctx.graph.file.schema.Padding.VALID, "strideH": strides[0], "strideW": strides[1],
-        "dilationHFactor": dilations[0], "dilationWFactor": dilations[1],
-    }  # fmt: skip
-    shape = (x.shape[0], *sizes, outputs)
+    settings = sliding.settings(ctx)
+    shape = (x.shape[0], *sliding.places(x, (height, width)), outputs)
     if depthwise and depth == 1 and x.shape[3] > 1 and int(attribute(node, "group", 1)) == x.shape[3]:
         turned = ctx.transpose(kernel, (3, 1, 2, 0))
         made = ctx.graph.emit(
             "DEPTHWISE_CONV_2D", [x, turned, added], shape, "DepthwiseConv2DOptions",
-            version=1 if dilations == [1, 1] else 2, depthMultiplier=outputs // x.shape[3], **settings,
+            version=1 if sliding.dilations == (1, 1) else 2, depthMultiplier=outputs // x.shape[3], **settings,
         )  # fmt: skip
     else:
         version = 6 if depth != x.shape[3] else 1
