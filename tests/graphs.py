@@ -237,6 +237,18 @@ def call_of(inputs: Inputs | None, tokens: Array, position: int) -> Call:
     return Call(fed.embeds, position, fed.rope)
 
 
+def assert_built(
+    folder: Path, artifacts: Mapping[str, Artifact], found: Traced, weights: Mapping[str, Array], *, exact: bool = True
+) -> None:
+    """What a backend wrote of every component computes what the canonical graphs compute over these weights, and holds
+    exactly them; `exact` asks the runner for float32 activations."""
+    opened = OpenArtifacts(lambda component: (folder, artifacts[component]), 1, exact=exact)
+    assert_computes(opened, found, weights)
+    assert_stores(folder, artifacts, found, weights)
+    opened.decoder.close()
+    opened.close()
+
+
 def assert_computes(opened: OpenArtifacts, found: Traced, weights: Mapping[str, Array]) -> None:
     """Open artifacts give what the canonical graphs give over these weights: a text in pieces of several lengths to
     the cache's last slot (logits 1e-5), and every component without state on random inputs (1e-4)."""

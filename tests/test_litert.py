@@ -19,8 +19,7 @@ from graphs import (
     Decoder,
     Traced,
     Zoo,
-    assert_computes,
-    assert_stores,
+    assert_built,
     normal,
     positive,
     stored_weights,
@@ -32,7 +31,6 @@ from test_backend_ops import build, oracle
 
 from edgeexport import errors, families, targets
 from edgeexport.backends import litert, litert_runner
-from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
 from edgeexport.quant import SCHEMES
 
@@ -112,11 +110,7 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
         component: compiled(found.variants(component), planned(found, scheme, component), tmp_path)
         for component in found.components()
     }
-    opened = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1, exact=True)
-    assert_computes(opened, found, weights)
-    assert_stores(tmp_path, artifacts, found, weights)
-    opened.decoder.close()
-    opened.close()
+    assert_built(tmp_path, artifacts, found, weights)
 
 
 def test_the_last_slots_are_filled_token_by_token(zoo: Zoo, tmp_path: Path) -> None:

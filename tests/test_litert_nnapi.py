@@ -15,8 +15,7 @@ from graphs import (
     Decoder,
     Traced,
     Zoo,
-    assert_computes,
-    assert_stores,
+    assert_built,
     positive,
     stored_weights,
     written,
@@ -26,7 +25,6 @@ from test_backend_ops import build, oracle
 from edgeexport import targets
 from edgeexport.backends import litert_nnapi, litert_nnapi_runner
 from edgeexport.backends.litert_nnapi_lint import lint, read
-from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.core import Artifact, CanonicalModel, Dim, QuantPlan, Target
 
 
@@ -67,11 +65,7 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
         component: compiled(found.variants(component), planned(found, scheme, component), tmp_path)
         for component in found.components()
     }
-    opened = OpenArtifacts(lambda component: (tmp_path, artifacts[component]), 1, exact=True)
-    assert_computes(opened, found, weights)
-    assert_stores(tmp_path, artifacts, found, weights)
-    opened.decoder.close()
-    opened.close()
+    assert_built(tmp_path, artifacts, found, weights)
 
 
 OWN = {row.op for row in litert_nnapi.OPS if row is not litert_nnapi.litert.OPS.get(row.op)}
