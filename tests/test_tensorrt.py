@@ -31,9 +31,9 @@ from test_backend_ops import build, oracle
 
 from edgeexport import backends, errors
 from edgeexport.backends import tensorrt, tensorrt_engine, tensorrt_runner
+from edgeexport.backends.onnx_file import stem_of
 from edgeexport.backends.storage import Layout
 from edgeexport.backends.tensorrt_lowering import write
-from edgeexport.backends.tensorrt_plan import stem_of
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Signature, Target, no_progress

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgeexport import errors
-from edgeexport.backends import storage
+from edgeexport.backends import onnx_file, storage
 from edgeexport.backends.onnxruntime_ops import OPS
 from edgeexport.backends.onnxruntime_runner import STEP
 from edgeexport.backends.tools import versions_of
@@ -64,26 +64,13 @@ def compile(
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
-    import onnx_ir as ir
-    import onnx_ir.passes.common as common
-
     from edgeexport.backends.onnxruntime_lowering import Lowering
 
     options = Options(**target.options)
     component = models[0].component
     layout = storage.Layout(f"{component}.onnx.data")
-    graphs: dict[str, bytes] = {}
-    for model in models:
-        lowered = Lowering(model, plan, layout, OPS, options.accuracy_level).run()
-        common.RemoveUnusedNodesPass()(lowered)
-        common.TopologicalSortPass()(lowered)
-        graphs[_graph_file(model)] = ir.serde.serialize_model(lowered).SerializeToString(deterministic=True)
-    storage.write(work, layout, source, progress)
-    try:
-        for name, data in graphs.items():
-            (work / name).write_bytes(data)
-    except OSError as problem:
-        raise errors.output_not_writable(work, str(problem)) from problem
+    graphs = {_graph_file(model): Lowering(model, plan, layout, OPS, options.accuracy_level).run() for model in models}
+    onnx_file.write(graphs, layout, work, source, progress)
     files = [*graphs, layout.file] if layout.size else [*graphs]
     if options.ort_format:
         files += [_write_ort(work / name) for name in graphs]
@@ -101,7 +88,7 @@ def compile(
 
 
 def _graph_file(model: CanonicalModel) -> str:
-    return f"{model.component}.{model.variant}.onnx" if model.variant else f"{model.component}.onnx"
+    return f"{onnx_file.stem_of(model)}.onnx"
 
 
 def _write_ort(graph_file: Path) -> str:

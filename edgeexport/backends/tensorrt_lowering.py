@@ -11,13 +11,10 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnx_ir.passes.common as common
 
-from edgeexport import errors
-from edgeexport.backends import storage
+from edgeexport.backends import onnx_file
 from edgeexport.backends.optable import OpTable
 from edgeexport.backends.storage import Layout
-from edgeexport.backends.tensorrt_plan import stem_of
 from edgeexport.canonical.dialect import constant, stored
 from edgeexport.core import CanonicalModel, Dim, Progress, QuantPlan, WeightSource
 
@@ -38,18 +35,10 @@ def write(
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
     layout = Layout(f"{models[0].component}.onnx.data", signed=True)
-    graphs: dict[str, bytes] = {}
-    for model in models:
-        lowered = Lowering(model, plan, layout, table, fused=fused).run()
-        common.RemoveUnusedNodesPass()(lowered)
-        common.TopologicalSortPass()(lowered)
-        graphs[f"{stem_of(model)}.onnx"] = ir.serde.serialize_model(lowered).SerializeToString(deterministic=True)
-    storage.write(work, layout, source, progress)
-    try:
-        for name, data in graphs.items():
-            (work / name).write_bytes(data)
-    except OSError as problem:
-        raise errors.output_not_writable(work, str(problem)) from problem
+    graphs = {
+        f"{onnx_file.stem_of(model)}.onnx": Lowering(model, plan, layout, table, fused=fused).run() for model in models
+    }
+    onnx_file.write(graphs, layout, work, source, progress)
     return layout
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from edgeexport import errors
+from edgeexport.backends.onnx_file import stem_of
 from edgeexport.backends.tensorrt_engine import groups
 from edgeexport.core import CanonicalModel, Dim, Finding, QuantPlan, Target, TensorSpec
 
@@ -30,11 +31,6 @@ def version_of(text: str) -> tuple[int, int]:
         raise ValueError(f"{text!r} is no version such as 10.15")
     major, minor = text.split(".")
     return int(major), int(minor)
-
-
-def stem_of(model: CanonicalModel) -> str:
-    """What the files of a graph are called, without their endings."""
-    return f"{model.component}.{model.variant}" if model.variant else model.component
 
 
 def bounded(spec: TensorSpec, tokens: int) -> TensorSpec:
