@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from bundles import rehash
 from factories import with_tokenizer
-from graphs import PROCESSOR, oracle, reference_logits, write_checkpoint
+from graphs import PROCESSOR, oracle, reference_logits, strengthened, write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file
 
 from edgeexport import build, errors, families, open_bundle, targets
 from edgeexport.bundle.verify import verify
@@ -130,15 +131,8 @@ def build_case(case: Case, folder: Path, level: str) -> Work:
 
 
 def checkpoint_of(case: Case, folder: Path) -> Path:
-    """Random weights of a magnitude that makes attention and rotary positions matter, a tokenizer, a processor."""
-    from safetensors.numpy import load_file, save_file
-
-    with_tokenizer(write_checkpoint(folder, case.config, seed=case.seed))
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in weights.items():
-        if weight.ndim > 1:
-            weights[name] = weight / weight.std() * np.float32(1.5 / np.sqrt(weight[0].size))
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    """Random weights, a tokenizer, a processor."""
+    with_tokenizer(strengthened(write_checkpoint(folder, case.config, seed=case.seed)))
     processor = {
         **PROCESSOR,
         "patch_size": case.config["vision_config"]["patch_size"],
@@ -227,6 +221,33 @@ def generated(work: Work, tokens: list[int]) -> tuple[list[int], Array]:
     logits = torch.cat(made.logits).numpy()
     assert len(logits) == STEPS + 1
     return made.sequences[0, len(tokens) :].tolist(), logits
+
+
+def test_a_prompt_with_pictures_is_judged_along_the_artifacts_own_answer(works: Works, tmp_path: Path) -> None:
+    """The last row of the ladder, from a session's answer and transformers' logits for it."""
+    import torch
+
+    work = works("plain")
+    made = build(str(work.folder), str(target_of(work.case, tmp_path)), tmp_path / "out", quant="int8", parity="L5")
+    (row,) = [each for each in made.results if each.output == "logits, against transformers (picture)"]
+    bundle = open_bundle(made.bundle)
+    (case,) = bundle.manifest.golden.shown
+    golden = load_file(made.bundle / case.file)
+    prompt = golden["tokens"][: int(golden["prefill"][0])].tolist()
+    pictures = [drawing(*size) for size in ((56, 84), (84, 56))]
+    with bundle.session() as session:
+        features = [session.encode_image(Image(each)) for each in pictures]
+        tokens, logits = list(prompt), [session.prefill(prompt, features).copy()]
+        while len(logits) < row.metrics["steps"]:
+            tokens.append(int(logits[-1].argmax()))
+            logits.append(session.decode(tokens[-1]).copy())
+    given = processor(work.folder)(images=pictures, return_tensors="pt")
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        wanted = work.model(ids, **given, mm_token_type_ids=(ids == work.token).int()).logits[0, len(prompt) - 1 :]
+    log_p, log_q = torch.log_softmax(wanted, -1), torch.log_softmax(torch.from_numpy(np.stack(logits)), -1)
+    divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert row.metrics["kl"] == pytest.approx(float(divergence), rel=1e-3)
 
 
 def test_a_picture_in_front_can_be_kept_and_the_rest_said_again(works: Works) -> None:

@@ -155,6 +155,15 @@ class Outcome:
     hidden: Mapping[str, Array] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Answered:
+    """A prompt with the artifact's greedy answer behind it and, where pictures or sound are in the prompt, the logits
+    [V] from which each token of the answer was chosen."""
+
+    example: Example
+    logits: Sequence[Array]
+
+
 class Evidence:
     """Runs that several levels read, each made once."""
 
@@ -260,7 +269,7 @@ class Evidence:
         _give_back()
         return outcome
 
-    def greedy(self) -> list[Example]:
+    def greedy(self) -> list[Answered]:
         """The artifact's greedy continuation of every prompt, through the session that ships."""
         opened = self.subject.open()
         contract = self.subject.contract
@@ -275,12 +284,15 @@ class Evidence:
                 session.reset()
                 tokens = [int(token) for token in prompt.tokens]
                 logits = session.prefill(prompt.tokens, made)
+                chosen_from = []
                 for _ in range(self.subject.answer_tokens):
                     tokens.append(int(np.argmax(logits)))
+                    if made:
+                        chosen_from.append(np.array(logits))
                     if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
                         break
                     logits = session.decode(tokens[-1])
-                answered.append(replace(prompt, tokens=np.array(tokens, np.int64)))
+                answered.append(Answered(replace(prompt, tokens=np.array(tokens, np.int64)), chosen_from))
                 progress(done + 1, len(prompts))
         _give_back()
         return answered
