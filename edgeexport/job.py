@@ -21,8 +21,8 @@ from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.tokenizer import SpecialTokens, special_tokens
 from edgeexport.text_tables.files import table_files
 
-TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy")
-"""Packages whose version may change an artifact."""
+TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tokenizers", "jinja2")
+"""Packages whose version may change an artifact, or the tables of tokens and chat beside it."""
 
 
 @dataclass(frozen=True)
