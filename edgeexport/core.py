@@ -234,7 +234,8 @@ class Format:
     """How one tensor is stored. `block` counts elements along the last axis that share a scale; 0 means one
     scale per row (output channel). Integer formats are symmetric with float16 scales, which are above zero in a
     `positive` one, whose runtime refuses others. In a `palette` one integers of 4 bits are places in a palette of 16
-    float16 numbers, which 16 rows share: a weight is one of them times its row's scale."""
+    float16 numbers, which 16 rows share: a weight is one of them times its row's scale. In a `float8` one the 8 bits
+    are those of a float8 (e4m3: OCP OFP8, without infinity), which is multiplied by its scale all the same."""
 
     name: str
     bits: int
@@ -242,6 +243,7 @@ class Format:
     block: int = 0
     positive: bool = False
     palette: bool = False
+    float8: bool = False
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
         """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales and palettes. A row is what

@@ -124,6 +124,18 @@ def unknown_scheme(name: str, known: Iterable[str]) -> UsageError:
     )
 
 
+def scheme_of_another_backend(name: str, title: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "scheme-of-another-backend",
+            f"the target's backend does not take the quantisation scheme {name}",
+            "--quant",
+            f"{title} alone",
+            f"choose one of {', '.join(sorted(known))}",
+        )
+    )
+
+
 def output_exists(folder: Path, reason: str) -> UsageError:
     return UsageError(
         _error(

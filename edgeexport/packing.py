@@ -1,10 +1,11 @@
-"""Bytes of small integers: how int4 and int8 values lie in an artifact. Pure numpy, no state."""
+"""Bytes of small numbers: how int4, int8 and float8 values lie in an artifact. No state."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
+Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 UInt8 = npt.NDArray[np.uint8]
 
@@ -41,6 +42,21 @@ def pack_int8(values: Int8) -> UInt8:
 def unpack_int8(packed: UInt8) -> Int8:
     """The inverse of `pack_int8`."""
     return np.bitwise_xor(packed, np.uint8(128)).view(np.int8)
+
+
+def to_float8(values: Float32) -> Int8:
+    """The bits of the float8 e4m3 nearest to each number, ties to even; none may be beyond 448, the largest."""
+    import ml_dtypes
+
+    return values.astype(ml_dtypes.float8_e4m3fn).view(np.int8)
+
+
+def from_float8(bits: Int8) -> Float32:
+    """The inverse of `to_float8`."""
+    import ml_dtypes
+
+    numbers: Float32 = bits.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return numbers
 
 
 def swap_nibbles(packed: UInt8) -> UInt8:

@@ -121,6 +121,18 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any], dtype: str = "floa
     return folder
 
 
+def strengthened(folder: Path) -> Path:
+    """The checkpoint with weights of a magnitude that makes attention and rotary positions matter."""
+    from safetensors.numpy import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if weight.ndim > 1:
+            weights[name] = weight / weight.std() * np.float32(1.5 / np.sqrt(weight[0].size))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
 def _original(folder: Path, **loading: Any) -> Any:
     """The torch model of a checkpoint folder: its weights where there are `loading` options, else random ones."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText

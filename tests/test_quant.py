@@ -18,7 +18,7 @@ from edgeexport.errors import CheckpointError, UsageError
 from edgeexport.packing import pack_int4, pack_int8, unpack_int4, unpack_int8
 from edgeexport.quant import FORMATS, OWN_SCHEMES, SCHEMES
 from edgeexport.quant.plan import classify
-from edgeexport.quant.schemes import PALETTE4
+from edgeexport.quant.schemes import FLOAT8_CHANNEL, PALETTE4
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import (
     CHUNK,
@@ -50,7 +50,7 @@ def test_schemes_are_consistent(scheme: quant.Scheme) -> None:
     assert scheme.other == FORMATS["fp32"]
     assert set(scheme.formats) == set(get_args(TensorClass))
     assert not scheme.convolution.block, "no kernel reads a convolution's rows in blocks"
-    assert all({**FORMATS, "palette4": PALETTE4}[fmt.name] == fmt for fmt in scheme.formats.values())
+    assert {*FORMATS.values(), PALETTE4, FLOAT8_CHANNEL} >= set(scheme.formats.values())
 
 
 def test_unknown_scheme_has_a_suggestion() -> None:
@@ -61,9 +61,10 @@ def test_unknown_scheme_has_a_suggestion() -> None:
 
 def test_a_scheme_of_one_backend_is_unknown_to_others() -> None:
     assert quant.find("palette4", ["palette4"]).linear.palette
-    with pytest.raises(UsageError) as caught:
-        quant.find("palette4", ())
-    assert "palette4" not in caught.value.findings[0].why
+    with pytest.raises(UsageError, match="scheme-of-another-backend") as caught:
+        quant.find("palette4", ["fp8"])
+    assert "Core ML" in caught.value.findings[0].why
+    assert "fp8" in caught.value.findings[0].fix and "palette4" not in caught.value.findings[0].fix
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases.ops import OPS, OpCase
+from cases.ops import OPS, OpCase, linear
 from graphs import (
     FAMILIES,
     TOKENS,
@@ -30,13 +30,15 @@ from graphs import (
 from test_backend_ops import build, oracle
 
 from edgeexport import backends, errors
-from edgeexport.backends import tensorrt, tensorrt_engine, tensorrt_runner
+from edgeexport.backends import tensorrt, tensorrt_engine, tensorrt_kit, tensorrt_runner
 from edgeexport.backends.onnx_file import stem_of
 from edgeexport.backends.storage import Layout
 from edgeexport.backends.tensorrt_lowering import write
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.checkpoint import WeightReader
-from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Signature, Target, no_progress
+from edgeexport.core import Artifact, CanonicalModel, Format, QuantPlan, Signature, Target, no_progress
+from edgeexport.quant import FORMATS
+from edgeexport.quant.schemes import FLOAT8_CHANNEL, FP16, INT8_CHANNEL
 from edgeexport.quant.source import PlannedWeights
 from edgeexport.session.inputs import Inputs
 
@@ -83,7 +85,7 @@ def opened(folder: Path, artifacts: dict[str, Artifact], *, exact: bool) -> Open
 BUILT = [
     *((name, "fp16", dialect) for name in FAMILIES for dialect in DIALECTS),
     *((name, "int4-b32", "fused") for name in FAMILIES),
-    *(("llama", scheme, dialect) for scheme in ("int8", "int4-b128") for dialect in DIALECTS),
+    *(("llama", scheme, dialect) for scheme in ("int8", "int4-b128", "fp8") for dialect in DIALECTS),
 ]
 """How a weight is stored has to do with no family and no dialect, so that not all are multiplied by all."""
 
@@ -201,6 +203,19 @@ def test_attention_that_it_has_not_is_refused(change: str, why: str, zoo: Zoo) -
     assert why in finding.why
 
 
+def test_float8_is_refused_for_every_capability_that_has_none(zoo: Zoo) -> None:
+    found = zoo.traced("llama")
+    (finding,) = tensorrt.check(found.model, target(), found.plan("fp8"))
+    assert finding.where.endswith("proj.weight")
+    assert "8.0, 8.6 have no float8" in finding.why
+    assert "sm to some of 89 120 121" in finding.fix
+    assert tensorrt.check(found.model, target(sm="89 120"), found.plan("fp8")) == []
+    kit = replace(target(), options={"floor": "10.3"})
+    (finding,) = tensorrt_kit.check(found.model, kit, found.plan("fp8"))
+    assert 'floor = "10.13"' in finding.fix
+    assert tensorrt_kit.check(found.model, replace(kit, options={"floor": "10.13"}), found.plan("fp8")) == []
+
+
 # engines
 
 
@@ -224,7 +239,7 @@ def mine(built: tuple[Artifact, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(built[1], tmp_path / "mine"))
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("llama", "int4-b32"), ("glm4v", "int8"), ("autoglm_phone", "fp16")])
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int4-b32"), ("autoglm_phone", "fp16")])
 def test_every_component_becomes_an_engine(name: str, scheme: str, zoo: Zoo, tmp_path: Path) -> None:
     found = zoo.traced(name)
     for component in found.components():
@@ -244,6 +259,16 @@ def test_every_component_becomes_an_engine(name: str, scheme: str, zoo: Zoo, tmp
     assert described["runtime"] == "tensorrt_rtx"
     assert described["compute_capabilities"] == ["8.0", "8.6", "8.9", "12.0"]
     assert [tuple(pair) for pair in described["aliases"]] == list(found.model.state)
+
+
+@pytest.mark.parametrize("fmt", [FP16, INT8_CHANNEL, FORMATS["int4-b128"], FLOAT8_CHANNEL], ids=lambda fmt: fmt.name)
+def test_an_engine_keeps_a_weight_as_small_as_it_is_stored(fmt: Format, tmp_path: Path) -> None:
+    model, plan = build(linear("large", "fp16", rows=1024, width=1024), tmp_path)
+    written(
+        backends.load("tensorrt"), [model], target(sm="89 120"), replace(plan, formats={"w": fmt}), tmp_path / "out"
+    )
+    beside = (tmp_path / "out" / "decoder.engine").stat().st_size - fmt.nbytes((1024, 1024))
+    assert 0 < beside < 400_000  # kernels: unpacked to the next larger format, it would be 500,000 more
 
 
 def test_the_oldest_capability_has_a_file_of_its_own(zoo: Zoo, tmp_path: Path) -> None:

@@ -18,7 +18,13 @@ from graphs import Zoo, positive, write_checkpoint, written
 from test_coreml_pipeline import small
 
 from edgeexport import backends, build, cli_import, families, open_bundle, targets
-from edgeexport.backends import tensorrt_device, tensorrt_engine, tensorrt_kit, tensorrt_kit_runner
+from edgeexport.backends import (
+    tensorrt_device,
+    tensorrt_engine,
+    tensorrt_kit,
+    tensorrt_kit_runner,
+    tensorrt_runner,
+)
 from edgeexport.bundle.verify import verify
 from edgeexport.core import Verdict, worst
 
@@ -131,6 +137,16 @@ def test_the_floor_chooses_the_dialect(floor: str, opset: int, command: bool, zo
     (line,) = plan["trtexec"]
     assert line.startswith("trtexec --onnx=decoder.onnx --saveEngine=decoder.engine --stronglyTyped") is command
     assert ("--maxShapes=input_ids:1x32 " in line) is command
+
+
+def test_primitives_over_float8_become_an_engine(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    target = replace(targets.load("jetson-trt"), options={"floor": "10.13", "prefill": 32})
+    written(backends.load("tensorrt-kit"), [found.model], target, positive(found.plan("fp8")), tmp_path)
+    (plan,) = json.loads((tmp_path / "decoder.build_plan.json").read_bytes())["graphs"]
+    engine = tmp_path / "decoder.engine"
+    tensorrt_engine.build(tensorrt_engine.load(MODULE), tmp_path / "decoder.onnx", engine, plan, [89, 120])
+    tensorrt_runner.check_engine(engine)
 
 
 @pytest.mark.parametrize("options", [{"floor": "8.6"}, {"floor": "ten"}, {"prefill": 0}])

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeexport import errors
 from edgeexport.core import PALETTE, Array, Format, Progress, StoredWeight, WeightSource
-from edgeexport.packing import pack_int4, pack_int8, swap_nibbles, unpack_int4, unpack_int8
+from edgeexport.packing import from_float8, pack_int4, pack_int8, swap_nibbles, unpack_int4, unpack_int8
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what SIMD loads of the runtimes want."""
@@ -130,7 +130,7 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     if not fmt.integer:
         dtype = np.float32 if fmt.bits == 32 else np.float16
         return _in_order(raw.view(dtype).astype(np.float32), weight, count).reshape(count, width)
-    values = _in_order(_unpack(raw.reshape(count, size), weight).astype(np.float32), weight, count)
+    values = _in_order(_unpack(raw.reshape(count, size), weight), weight, count)
     per_row = blocks(width, fmt)
     each = weight.scale_bits // 8
     scales = _read(path, weight.scales_offset + each * start * per_row, each * count * per_row)
@@ -219,14 +219,18 @@ def _pack(values: Array, weight: StoredWeight) -> Array:
     if weight.format.bits == 4:
         packed = pack_int4(values, 0 if weight.signed else 8)
         return swap_nibbles(packed) if weight.high_first else packed
-    return values.view(np.uint8) if weight.signed else pack_int8(values)
+    return values.view(np.uint8) if weight.signed or weight.format.float8 else pack_int8(values)
 
 
 def _unpack(raw: Array, weight: StoredWeight) -> Array:
-    """The inverse of `_pack`."""
+    """The inverse of `_pack`, as float32."""
+    if weight.format.float8:
+        return from_float8(raw.view(np.int8))
     if weight.format.bits == 4:
-        return unpack_int4(swap_nibbles(raw) if weight.high_first else raw, 0 if weight.signed else 8)
-    return raw.view(np.int8) if weight.signed else unpack_int8(raw)
+        values = unpack_int4(swap_nibbles(raw) if weight.high_first else raw, 0 if weight.signed else 8)
+    else:
+        values = raw.view(np.int8) if weight.signed else unpack_int8(raw)
+    return values.astype(np.float32)
 
 
 def _scale_dtype(weight: StoredWeight) -> type[np.floating]:

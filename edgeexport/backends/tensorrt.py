@@ -14,7 +14,7 @@ from edgeexport import errors
 from edgeexport.backends import tensorrt_engine
 from edgeexport.backends.onnxruntime_runner import STEP
 from edgeexport.backends.tensorrt_ops import OPS
-from edgeexport.backends.tensorrt_plan import bounded, graph_plan, refusals
+from edgeexport.backends.tensorrt_plan import bounded, graph_plan, in_float8, refusals
 from edgeexport.backends.tensorrt_runner import TENSORRT_NAMES, fits
 from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
@@ -37,6 +37,8 @@ MODULE = "tensorrt_rtx_bindings"
 """What those packages are imported as."""
 CAPABILITIES = (75, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT-RTX 1.7 builds for."""
+FLOAT8_SINCE = 89
+"""The first compute capability that multiplies float8."""
 __all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 
 
@@ -64,7 +66,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(positive_scales=True, widens=1 << 62, compiler=2.5)  # 2.2 were measured: docs/tensorrt.md
+TRAITS = Traits(schemes=("fp8",), positive_scales=True, widens=1 << 62, compiler=2.5)  # 2.2: see docs/tensorrt.md
 
 
 def versions() -> dict[str, str]:
@@ -75,11 +77,18 @@ def versions() -> dict[str, str]:
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node and weight that TensorRT would refuse, unpack or get wrong, all at once. Pure; no SDK."""
     found = OPS.check(model.graph.graph) + refusals(model, target, plan, NAME)
+    capabilities = Options(**target.options).capabilities
     packed = [name for name in model.weights if plan.formats[name].integer and plan.formats[name].bits == 4]
-    if packed and tensorrt_engine.APART in Options(**target.options).capabilities:
+    if packed and tensorrt_engine.APART in capabilities:
         why = "GPUs of compute capability 7.5 multiply by no int4"
         fix = "take 75 out of sm in the target file, or choose --quant int8 or fp16"
         found.append(errors.op_not_lowered(NAME, "DequantizeLinear", packed[0], why, fix))
+    floats, without = in_float8(model, plan), [number for number in capabilities if number < FLOAT8_SINCE]
+    if floats and without:
+        why = f"GPUs of compute capability {', '.join(f'{k // 10}.{k % 10}' for k in without)} have no float8"
+        able = " ".join(str(number) for number in CAPABILITIES if number >= FLOAT8_SINCE)
+        fix = f"set sm to some of {able} in a copy of the target file, or choose --quant int8"
+        found.append(errors.op_not_lowered(NAME, "DequantizeLinear", floats[0], why, fix))
     return found
 
 

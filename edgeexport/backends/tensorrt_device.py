@@ -1,6 +1,8 @@
 """Measures a bundle's engines on the device that runs them, over its golden vectors; writes a report for `--import`.
 
-Needs Python, numpy, TensorRT and the CUDA runtime: a kit holds a copy of this very file.
+Needs Python, numpy, TensorRT and the CUDA runtime: a kit holds a copy of this very file. Polygraphy's TrtRunner could
+drive caches that are updated in place (it binds an output to the input that it is an alias of), but not a graph of
+primitives, which needs two buffers for each; and a Jetson has no Polygraphy.
 """
 
 from __future__ import annotations

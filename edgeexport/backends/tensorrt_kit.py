@@ -16,7 +16,15 @@ from edgeexport import errors
 from edgeexport.backends.onnxruntime_runner import STEP
 from edgeexport.backends.optable import OpTable
 from edgeexport.backends.tensorrt_ops import OPS as RTX
-from edgeexport.backends.tensorrt_plan import FUSED_FLOOR, bounded, graph_plan, refusals, version_of
+from edgeexport.backends.tensorrt_plan import (
+    FLOAT8_FLOOR,
+    FUSED_FLOOR,
+    bounded,
+    graph_plan,
+    in_float8,
+    refusals,
+    version_of,
+)
 from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
     Artifact,
@@ -80,7 +88,13 @@ def versions() -> dict[str, str]:
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
     """Every node and weight that TensorRT would refuse, unpack or get wrong, all at once. Pure; no SDK."""
-    return OPS.check(model.graph.graph) + refusals(model, target, plan, NAME)
+    found = OPS.check(model.graph.graph) + refusals(model, target, plan, NAME)
+    floats = in_float8(model, plan)
+    if floats and version_of(Options(**target.options).floor) < FLOAT8_FLOOR:
+        why = "TensorRT before 10.13 is for boards whose GPU has no float8 (Orin, 8.7)"
+        fix = 'for Thor set floor = "10.13" in a copy of the target file, or choose --quant int8'
+        found.append(errors.op_not_lowered(NAME, "DequantizeLinear", floats[0], why, fix))
+    return found
 
 
 def compile(
@@ -158,4 +172,4 @@ def write_package(
     return path
 
 
-TRAITS = Traits(positive_scales=True, widens=1 << 62, package=write_package)
+TRAITS = Traits(schemes=("fp8",), positive_scales=True, widens=1 << 62, package=write_package)

@@ -142,13 +142,14 @@ class Lowering:
         return self._integer[name]
 
     def integer_weight(self, name: str) -> tuple[ir.Value, ir.Value]:
-        """(integers [rows, width], float16 scales [rows] or [rows, blocks]) as they lie in the file."""
+        """(integers or float8s [rows, width], float16 scales [rows] or [rows, blocks]) as they lie in the file."""
         shape, fmt = self.model.weights[name].shape, self.plan.formats[name]
         self._laid_out(name)
         at = self.layout.weights[name]
         scales = (shape[0], shape[1] // fmt.block) if fmt.block else (shape[0],)
+        integer = ir.DataType.INT4 if fmt.bits == 4 else ir.DataType.INT8
         return (
-            self._external(name, at.offset, shape, ir.DataType.INT4 if fmt.bits == 4 else ir.DataType.INT8),
+            self._external(name, at.offset, shape, ir.DataType.FLOAT8E4M3FN if fmt.float8 else integer),
             self._external(f"{name}/scales", at.scales_offset, scales, HALF),
         )
 

@@ -14,6 +14,8 @@ from edgeexport.core import CanonicalModel, Dim, Finding, QuantPlan, Target, Ten
 
 FUSED_FLOOR = (10, 15)
 """The first TensorRT that has IAttention, IRotaryEmbeddingLayer and IKVCacheUpdateLayer."""
+FLOAT8_FLOOR = (10, 13)
+"""JetPack 7's TensorRT, the first for a board whose GPU has float8: Thor."""
 TOKENS = "T"
 """What every family calls the number of a call's tokens."""
 USUAL = 32
@@ -88,6 +90,11 @@ def refusals(model: CanonicalModel, target: Target, plan: QuantPlan, backend: st
         where = f"{names[0]} and {len(names) - 1} more in {format_name}" if len(names) > 1 else names[0]
         found.append(errors.op_not_lowered(backend, "DequantizeLinear", where, why, FIX_FORMAT))
     return found
+
+
+def in_float8(model: CanonicalModel, plan: QuantPlan) -> list[str]:
+    """The weights whose format is a float8."""
+    return [name for name in model.weights if plan.formats[name].float8]
 
 
 def _weight_reasons(model: CanonicalModel, plan: QuantPlan) -> dict[str, tuple[str, list[str]]]:

@@ -14,6 +14,8 @@ INT8_CHANNEL = Format("int8-channel", 8, integer=True)
 INT4_CHANNEL = Format("int4-channel", 4, integer=True)
 PALETTE4 = Format("palette4", 4, integer=True, palette=True)
 """Whose rows come in groups, so that it is not one of `FORMATS`."""
+FLOAT8_CHANNEL = Format("float8-channel", 8, integer=True, float8=True)
+"""Whose bits are no integers, so that it is not one of `FORMATS`."""
 BLOCKS = (16, 32, 64, 128)
 """Elements that may share a scale. Powers of two from 16: what ONNX Runtime's MatMulNBits takes."""
 
@@ -119,6 +121,16 @@ OWN_SCHEMES: Mapping[str, Scheme] = {
             INT8_CHANNEL,
             INT8_CHANNEL,
         ),
+        # Measured on SmolLM2-135M (768 tokens of English), KL to transformers: 0.019 nats; 0.056 with the embedding in
+        # float8 as well; 0.0055 for int8.
+        Scheme(
+            "fp8",
+            "8-bit floats (e4m3), one scale per output channel, embedding in 8-bit integers: for TensorRT",
+            FLOAT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+            INT8_CHANNEL,
+        ),
         Scheme(
             "int8-static",
             "8-bit integers, and in encoders activations too, calibrated on samples: for NNAPI",
@@ -134,8 +146,11 @@ OWN_SCHEMES: Mapping[str, Scheme] = {
 
 
 def find(name: str, own: Collection[str] = tuple(OWN_SCHEMES)) -> Scheme:
-    """The preset of this name, one for all backends or one of `own`. Raises `unknown-scheme` with suggestions."""
+    """The preset of this name, one for all backends or one of `own`. Raises `unknown-scheme` with suggestions, and
+    `scheme-of-another-backend`."""
     known = {**SCHEMES, **{each: OWN_SCHEMES[each] for each in own}}
+    if name not in known and name in OWN_SCHEMES:
+        raise errors.scheme_of_another_backend(name, OWN_SCHEMES[name].title, known)
     if name not in known:
         raise errors.unknown_scheme(name, known)
     return known[name]

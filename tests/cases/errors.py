@@ -139,6 +139,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "problem": "context is 0: a whole number from 1 to 16777216 is needed",
     },
     "unknown_scheme": {"name": "int4", "known": ["fp32", "fp16", "int8", "int4-b32", "int4-b128"]},
+    "scheme_of_another_backend": {
+        "name": "palette4",
+        "title": "4-bit palettes that 16 rows share, a scale per row, embedding in 8 bits: for Core ML",
+        "known": ["fp32", "fp16", "int8", "int4-b32", "int4-b128"],
+    },
     "output_exists": {"folder": Path("dist/smollm2-135m-host-ort"), "reason": "it holds files that no build wrote"},
     "output_not_writable": {"folder": Path("dist"), "problem": "No space left on device"},
     "context_too_long": {"asked": 16384, "maximum": 8192},
