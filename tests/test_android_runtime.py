@@ -31,14 +31,20 @@ TARGETS = ("android-ort", "android-tflite")
 TOKENS = 16
 CODES_OF_DEVICES = {
     *("answer-interrupted", "backend-not-built", "bad-argument", "bad-policy", "bad-text"),
+    "cache-closed",
     *("out-of-memory", "runtime-failed", "runtime-missing", "runtime-too-old", "session-busy"),
 }
 
 
+def shared(factory: pytest.TempPathFactory, name: str) -> Path:
+    """A folder that all workers of this run share."""
+    own = factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android" / name
+
+
 def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str, parity: str = "L4") -> Path:
     """A bundle, made by the first worker of this run that needs it."""
-    own = factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android" / scheme
+    folder = shared(factory, scheme)
     found = folder / f"{model}-{target}"
     with alone(folder):
         if not found.exists():
@@ -130,17 +136,23 @@ def test_it_writes_the_cache_where_the_graph_does_not(plain: Path, packed: Path,
     assert [token for each in found["answers"] for token in each["tokens"]] == np.stack(wanted).argmax(1).tolist()
 
 
-@pytest.mark.real
-def test_it_sees_and_hears_as_python_does(plain: Path, mini: Path, packed: Path, tmp_path: Path) -> None:
+def image_and_sound(folder: Path) -> tuple[tuple[Image, list[Any]], tuple[Sound, list[Any]]]:
+    """A picture and a clip, for Python and as arguments of edgeexport-run, which reads them in `folder`."""
     data = held_out_split()
     pixels, clip = data.digits[0].array, data.clips[0]
-    (tmp_path / "picture").write_bytes(pixels.tobytes())
-    (tmp_path / "sound").write_bytes(clip.samples.astype(np.float32).tobytes())
-    picture, sound = ["--picture", tmp_path / "picture", *pixels.shape[:2]], ["--sound", tmp_path / "sound", clip.rate]
+    (folder / "picture").write_bytes(pixels.tobytes())
+    (folder / "sound").write_bytes(clip.samples.astype(np.float32).tobytes())
+    picture, sound = ["--picture", folder / "picture", *pixels.shape[:2]], ["--sound", folder / "sound", clip.rate]
+    return (Image(pixels), picture), (Sound(clip.samples, clip.rate), sound)
+
+
+@pytest.mark.real
+def test_it_sees_and_hears_as_python_does(plain: Path, mini: Path, packed: Path, tmp_path: Path) -> None:
+    (image, picture), (clip, sound) = image_and_sound(tmp_path)
     opened = open_bundle(mini)
     tokenizer, template = opened.tokenizer(), opened.chat_template()
     with opened.session(threads=2) as session:
-        seen, heard = session.encode_image(Image(pixels)), session.encode_audio(Sound(clip.samples, clip.rate))
+        seen, heard = session.encode_image(image), session.encode_audio(clip)
         for question, shown, media in (
             ("Name three colours.", [], []),
             ("Which digit is in the picture?", [seen], picture),
@@ -317,7 +329,7 @@ def test_a_cut_artifact_is_refused_though_its_hash_fits(keep: float, plain: Path
 def test_its_codes_are_pythons() -> None:
     texts = [path.read_text() for path in CPP.parent.glob("*/**/*errors.h")]
     codes = {code for text in texts for code in re.findall(r'return \{\s*"([a-z0-9-]+)"', text)}
-    known = set(re.findall(r'^\s+"([a-z0-9-]+)",$', Path(errors.__file__).read_text(), re.MULTILINE))
+    known = set(re.findall(r'(?:_error\(|"\w+",)\s*"([a-z0-9-]+)",', Path(errors.__file__).read_text()))
     assert len(codes) > 20
     assert codes - known == CODES_OF_DEVICES
     readme = (CPP.parent / "README.md").read_text()

@@ -11,6 +11,9 @@
 #ifdef EDGEEXPORT_MNN
 #include "mnn_engine.h"
 #endif
+#ifdef EDGEEXPORT_TENSORRT
+#include "tensorrt_engine.h"
+#endif
 
 namespace edgeexport {
 namespace {
@@ -28,6 +31,10 @@ constexpr Engine kEngines[] = {
     {"litert-nnapi", openLiteRtDecoder, openLiteRtGraph},
 #ifdef EDGEEXPORT_MNN
     {"mnn", openMnnDecoder, openMnnGraph},
+#endif
+#ifdef EDGEEXPORT_TENSORRT
+    {"tensorrt", openTensorRtDecoder, openTensorRtGraph},
+    {"tensorrt-kit", openTensorRtDecoder, openTensorRtGraph},
 #endif
 };
 

@@ -81,6 +81,18 @@ inline Error sessionClosed() {
           "close() released the cache and the runtime", "open another one"};
 }
 
+inline Error noGpu(const std::string& problem) {
+  return {"no-gpu", "nothing here can run on an NVIDIA GPU", "CUDA", problem,
+          "install NVIDIA's driver where there is a GPU, or use a bundle of android-ort or android-tflite"};
+}
+
+inline Error engineToBuild(const std::string& component, const std::string& path) {
+  return {"engine-to-build", "the engine of " + component + " is not here: this device is to build it", path,
+          "an engine of TensorRT is made for the GPU that is present",
+          "in the bundle's folder: python3 engine_builder.pyz build --out ../engines; or name the engines' folder in "
+          "the session's options"};
+}
+
 inline Error nonfiniteLogits(std::size_t position) {
   return {"nonfinite-logits", "the model computed NaN or infinite logits", "position " + std::to_string(position),
           "the largest of the logits is not a finite number, so no next token can be chosen",
@@ -141,7 +153,8 @@ inline Error runtimeFailed(const std::string& runtime, const std::string& proble
 
 inline Error backendNotBuilt(const std::string& component, const std::string& backend) {
   return {"backend-not-built", "this loader cannot run backend " + backend, component,
-          "it was compiled for onnxruntime and litert", "build the bundle for android-ort or android-tflite"};
+          "it was compiled without an engine for it",
+          "build the bundle for android-ort or android-tflite, or compile the loader with MNN_ROOT or TENSORRT_ROOT"};
 }
 
 inline Error outOfMemory(const std::string& problem) {

@@ -19,6 +19,8 @@ struct RuntimeOptions {
   // A folder of the app's (context.cacheDir) where LiteRT's packed weights are kept between runs. Without one it packs
   // them in memory, once for each signature of the model.
   std::string cacheFolder;
+  // Where the engines are that TensorRT built on this very device; by default `engines` beside the bundle's folder.
+  std::string engines;
 };
 
 // A piece of a prompt: `count` token ids, or as many embeddings [count, width] where the model has its embedding
