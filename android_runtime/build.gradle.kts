@@ -1,12 +1,14 @@
-// The loader as an Android library module.
+// The loader as an Android library module, for Android Gradle plugin 9, which compiles Kotlin itself. With version 8,
+// add id("org.jetbrains.kotlin.android") to the plugins.
+import org.jetbrains.kotlin.gradle.dsl.JvmTarget
+
 plugins {
     id("com.android.library")
-    id("org.jetbrains.kotlin.android")
 }
 
 android {
     namespace = "dev.edgeexport"
-    compileSdk = 35
+    compileSdk = 36
     defaultConfig {
         minSdk = 24
         ndk { abiFilters += listOf("arm64-v8a", "armeabi-v7a", "x86_64") }
@@ -14,7 +16,7 @@ android {
         consumerProguardFiles("consumer-rules.pro")
     }
     externalNativeBuild { cmake { path = file("cpp/CMakeLists.txt") } }
-    sourceSets["main"].apply {
+    sourceSets.named("main") {
         manifest.srcFile("AndroidManifest.xml")
         java.setSrcDirs(listOf("java"))
         kotlin.setSrcDirs(listOf("kotlin", "android"))
@@ -23,8 +25,9 @@ android {
         sourceCompatibility = JavaVersion.VERSION_1_8
         targetCompatibility = JavaVersion.VERSION_1_8
     }
-    kotlinOptions { jvmTarget = "1.8" }
 }
+
+kotlin { compilerOptions { jvmTarget = JvmTarget.JVM_1_8 } }
 
 dependencies {
     api("org.jetbrains.kotlinx:kotlinx-coroutines-android:1.8.1")

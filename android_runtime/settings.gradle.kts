@@ -6,8 +6,7 @@ pluginManagement {
         gradlePluginPortal()
     }
     plugins {
-        id("com.android.library") version "8.7.3"
-        id("org.jetbrains.kotlin.android") version "2.1.0"
+        id("com.android.library") version "9.3.0"
     }
 }
 dependencyResolutionManagement {

@@ -322,6 +322,7 @@ def test_old_entries_and_the_least_used_go(parts: Parts) -> None:
     assert asked(parts, store("a"), find("a", (100, 0)), find("a", (101, 0)), find("a", (1, 0))) == [
         True, "yes", None, None
     ]  # fmt: skip
+    assert asked(parts, store("a", now=(10, 0)), find("a", (9, 0))) == [True, None]  # the clock was set back
     kept = [store("a"), store("b"), store("c"), find("a"), store("d"), find("b"), find("a"), find("c"), find("d")]
     assert asked(parts, *kept) == [True, True, True, "yes", True, None, "yes", "yes", "yes"]
     large = [store("a", "x" * 5000), find("a"), store("b", "x" * 3000), store("c", "x" * 3000), find("b"), find("c")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -10,14 +11,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import rehash
-from native import answers, device_rows, edgeexport_run, programs
-from test_glm4v import CASES, Work, build_case
+from native import alone, answers, device_rows, edgeexport_run, programs
+from test_android_runtime import shared
+from test_glm4v import CASES, checkpoint_of, target_of
 
-from edgeexport import open_bundle
+from edgeexport import build, open_bundle
 from edgeexport.core import Array, Verdict
+from edgeexport.parity.examples import drawing
+from edgeexport.session.image_file import Image
 
 STEPS = 12
 CASE = CASES["plain"]
+PICTURES = [Image(drawing(*size)) for size in CASE.pictures]
 
 
 @pytest.fixture(scope="module")
@@ -25,10 +30,20 @@ def loader() -> Path:
     return programs("plain", ["edgeexport-run"])
 
 
+def seeing(factory: pytest.TempPathFactory) -> Path:
+    """A bundle that sees, with pictures in its golden vectors, made by the first worker of this run that needs it."""
+    folder = shared(factory, "glm4v")
+    found = folder / "out" / "model-tiny"
+    with alone(folder):
+        if not found.exists():
+            model = checkpoint_of(CASE, folder / "model")
+            build(str(model), str(target_of(CASE, folder)), folder / "out", parity="L5")
+    return found
+
+
 @pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
-    """Built up to the level whose golden vectors hold pictures."""
-    return build_case(CASE, tmp_path_factory.mktemp("pictures"), "L5")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return seeing(tmp_path_factory)
 
 
 def prompt_of(pictures: int) -> list[int]:
@@ -38,10 +53,10 @@ def prompt_of(pictures: int) -> list[int]:
     return [5, 6, 7, *[token for i in range(pictures) for token in (*shown, 8 + i, 30)]]
 
 
-def python_logits(work: Work, prompts: Sequence[Sequence[int]], pictures: int, keep: int) -> list[Array]:
+def python_logits(bundle: Path, prompts: Sequence[Sequence[int]], pictures: int, keep: int) -> list[Array]:
     """What Python's session gives for the same: the logits of each token of each answer."""
-    with open_bundle(work.bundle).session(threads=2) as session:
-        features = [session.encode_image(each) for each in work.pictures[:pictures]]
+    with open_bundle(bundle).session(threads=2) as session:
+        features = [session.encode_image(each) for each in PICTURES[:pictures]]
         assert session.inputs is not None
         rows = []
         for i, prompt in enumerate(prompts):
@@ -54,9 +69,9 @@ def python_logits(work: Work, prompts: Sequence[Sequence[int]], pictures: int, k
 
 
 @pytest.mark.parametrize("pictures", [0, 1, 2])
-def test_its_tokens_and_logits_are_pythons(pictures: int, loader: Path, work: Work, tmp_path: Path) -> None:
+def test_its_tokens_and_logits_are_pythons(pictures: int, loader: Path, bundle: Path, tmp_path: Path) -> None:
     shown: list[object] = []
-    for i, each in enumerate(work.pictures[:pictures]):
+    for i, each in enumerate(PICTURES[:pictures]):
         (tmp_path / f"{i}").write_bytes(each.array.tobytes())
         shown += ["--picture", tmp_path / f"{i}", each.height, each.width]
     prompt = prompt_of(pictures)
@@ -66,15 +81,20 @@ def test_its_tokens_and_logits_are_pythons(pictures: int, loader: Path, work: Wo
     for at in (keep, 6):
         logits = tmp_path / "logits"
         found = answers(
-            loader, work.bundle, tmp_path, prompts, *shown, "--max-tokens", STEPS, "--logits", logits, "--keep", at
+            loader, bundle, tmp_path, prompts, *shown, "--max-tokens", STEPS, "--logits", logits, "--keep", at
         )
-        wanted = np.stack(python_logits(work, prompts, pictures, at))
+        wanted = np.stack(python_logits(bundle, prompts, pictures, at))
         np.testing.assert_allclose(np.fromfile(logits, np.float32).reshape(wanted.shape), wanted, rtol=0, atol=1e-4)
         assert [token for each in found["answers"] for token in each["tokens"]] == wanted.argmax(1).tolist()
+        assert found["bundle"] == "model, tiny, fp32"
 
 
-def test_golden_pictures_are_replayed(loader: Path, work: Work, tmp_path: Path) -> None:
-    rows = device_rows(loader, work.bundle, tmp_path, tmp_path / "report.json")
+def test_golden_pictures_are_replayed(loader: Path, bundle: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report.json"
+    rows = device_rows(loader, bundle, tmp_path, report)
+    manifest = open_bundle(bundle).manifest
+    title = f"{manifest.model.name}, {manifest.target.name}, {manifest.quantisation}"
+    assert json.loads(report.read_text())["bundle_title"] == title
     assert [row.output for row in rows] == [
         f"{what} on onnxruntime cpu" for what in ("opens", *["golden text"] * 2, *["golden picture"] * 2)
     ]
@@ -107,9 +127,9 @@ def cut(bundle: Path) -> None:
     ("damage", "code"), [(mixed, "golden-mismatch"), (recoloured, "golden-mismatch"), (cut, "golden-unusable")]
 )
 def test_a_golden_picture_that_gives_something_else_is_refused(
-    damage: Callable[[Path], None], code: str, loader: Path, work: Work, tmp_path: Path
+    damage: Callable[[Path], None], code: str, loader: Path, bundle: Path, tmp_path: Path
 ) -> None:
-    copy = shutil.copytree(work.bundle, tmp_path / "bundle")
+    copy = shutil.copytree(bundle, tmp_path / "bundle")
     damage(copy)
     rehash(copy)
     failed = [row for row in device_rows(loader, copy, tmp_path, tmp_path / "r.json") if row.verdict is Verdict.FAIL]

@@ -167,10 +167,11 @@ def test_a_gate_that_the_bundle_lacks_decides_nothing(tmp_path: Path) -> None:
 
 def test_another_bundle_s_report_is_refused(bundle: Path, tmp_path: Path) -> None:
     other = make_bundle(tmp_path / "other", build_key="another")
-    report = write(tmp_path / "report.json", a_report(other))
+    report = write(tmp_path / "report.json", a_report(other, bundle_title="tiny, ios18, int8"))
     with pytest.raises(errors.BundleError) as caught:
         cli_import.merge(bundle, [report], tmp_path / "out")
     assert code_of(caught) == "parity-report-of-another-bundle"
+    assert "(tiny, ios18, int8)" in caught.value.findings[0].why
     assert not (tmp_path / "out").exists()
 
 
@@ -194,6 +195,7 @@ BAD: dict[str, Callable[[Path], Any]] = {
     "no rows": lambda b: a_report(b, rows=[]),
     "many rows": lambda b: a_report(b, rows=[row("L1")] * 257),
     "unseen name": lambda b: a_report(b, rows=[{**row("L1"), "golden": "\u202e"}]),
+    "unseen title": lambda b: a_report(b, bundle_title="\u202e"),
     "no such day": lambda b: a_report(b, date="2026-13-41T00:00:00Z"),
     "no date": lambda b: a_report(b, date="yesterday"),
     "no hash": lambda b: a_report(b) | {"bundle": "abc"},
@@ -309,7 +311,7 @@ def test_swift_writes_the_fields_that_are_read() -> None:
         ("Reason", device_report.Failure),
     ]
     for swift, ours in pairs:
-        text_alone = {"golden"}  # what is replayed there needs no name
-        assert fields(swift) == {field.encode_name for field in msgspec.structs.fields(ours)} - text_alone
+        unsaid = {"golden", "bundle_title"}  # what is replayed there needs no name; its bundle's is for people
+        assert fields(swift) == {field.encode_name for field in msgspec.structs.fields(ours)} - unsaid
     assert 'maxAbs = "max_abs"' in text
     assert f'"{device_report.SCHEMA}"' in text

@@ -17,10 +17,11 @@ std::size_t checked(std::int64_t maxTokens) {
 
 }  // namespace
 
-Answer::Answer(Session& session, Prompt prompt, const Sampling& sampling, std::int64_t maxTokens,
+Answer::Answer(Session& session, Prompt prompt, bool fromStart, const Sampling& sampling, std::int64_t maxTokens,
                std::vector<std::int64_t> stopIds, std::optional<TextStream> text)
     : session_(session),
       prompt_(std::move(prompt)),
+      fromStart_(fromStart),
       choose_(sampling, session.vocab(), prompt_.tokens),
       maxTokens_(checked(maxTokens)),
       stopIds_(std::move(stopIds)),
@@ -38,9 +39,8 @@ void Answer::requireUntouched() const {
 bool Answer::feedPiece() {
   const std::size_t left = prompt_.tokens.size() - taken_;
   if (left <= kLongestPiece || !prompt_.features.empty() || last_ || fed_) return false;
-  if (taken_ > 0) {
-    requireUntouched();
-  } else if (left > session_.context() - session_.position()) {  // none of it, then
+  if (fromStart_ || taken_ > 0) requireUntouched();
+  if (taken_ == 0 && left > session_.context() - session_.position()) {  // none of it, then
     throw errors::contextFull(session_.position(), left, session_.context());
   }
   session_.prefill(prompt_.tokens.data() + taken_, kLongestPiece, nullptr);
@@ -50,7 +50,7 @@ bool Answer::feedPiece() {
 }
 
 void Answer::feed() {
-  if (last_ || taken_ > 0) requireUntouched();
+  if (fromStart_ || last_ || taken_ > 0) requireUntouched();
   if (last_) {
     session_.decode(*last_, logits_.data());
   } else {

@@ -25,8 +25,9 @@ struct Prompt {
 // it and is not part of it; its last token is not in the cache. For one thread at a time.
 class Answer {
  public:
-  // Computes nothing yet. Without `text` its tokens have none. Throws bad-sampling, bad-token.
-  Answer(Session& session, Prompt prompt, const Sampling& sampling, std::int64_t maxTokens,
+  // Computes nothing yet. `fromStart`: only in a session without tokens. Without `text` its tokens have none. Throws
+  // bad-sampling, bad-token.
+  Answer(Session& session, Prompt prompt, bool fromStart, const Sampling& sampling, std::int64_t maxTokens,
          std::vector<std::int64_t> stopIds, std::optional<TextStream> text);
 
   // Takes in a piece of a prompt that is longer than one, of kLongestPiece tokens; false where there is none left, or
@@ -46,6 +47,7 @@ class Answer {
 
   Session& session_;
   Prompt prompt_;
+  const bool fromStart_;
   Chooser choose_;
   const std::size_t maxTokens_;
   const std::vector<std::int64_t> stopIds_;

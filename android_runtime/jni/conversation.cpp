@@ -29,11 +29,12 @@ const ChatTemplate& Conversation::chatTemplate() {
   return *chatTemplate_;
 }
 
-std::int64_t Conversation::begin(Prompt prompt, const Sampling& sampling, std::int64_t maxTokens) {
+std::int64_t Conversation::begin(Prompt prompt, bool fromStart, const Sampling& sampling, std::int64_t maxTokens) {
   const auto held = taken(answerMutex_);
   std::optional<TextStream> text;
   if (bundle_.manifest().files.count(Tokenizer::kFile) > 0) text = tokenizer().stream();
-  answer_.emplace(*session_, std::move(prompt), sampling, maxTokens, bundle_.manifest().stopIds, std::move(text));
+  answer_.emplace(*session_, std::move(prompt), fromStart, sampling, maxTokens, bundle_.manifest().stopIds,
+                  std::move(text));
   return ++answers_;
 }
 

@@ -6,12 +6,14 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "answer.h"
 #include "edgeexport/bundle.h"
 #include "edgeexport/chat.h"
 #include "edgeexport/governor.h"
+#include "edgeexport/response_cache.h"
 #include "edgeexport/session.h"
 #include "edgeexport/tokenizer.h"
 
@@ -29,9 +31,13 @@ class Conversation {
   // Read when they are first asked for. They throw tokenizer-unusable, and what Bundle::read throws.
   const Tokenizer& tokenizer();
   const ChatTemplate& chatTemplate();
+  // Throws as chatTemplate and promptKey do.
+  std::optional<PromptKey> key(std::vector<Message> messages) {
+    return promptKey(bundle_, chatTemplate(), std::move(messages));
+  }
 
   // Begins an answer, which ends the one before, and gives its number. Throws session-busy, and what Answer throws.
-  std::int64_t begin(Prompt prompt, const Sampling& sampling, std::int64_t maxTokens);
+  std::int64_t begin(Prompt prompt, bool fromStart, const Sampling& sampling, std::int64_t maxTokens);
   // Throws as next does.
   bool feedPiece(std::int64_t answer);
   // The next token of the answer of this number. Throws answer-interrupted where it is not the last one that began,

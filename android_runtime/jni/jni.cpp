@@ -10,6 +10,7 @@
 #include "input_errors.h"
 #include "java.h"
 #include "jni_errors.h"
+#include "responses.h"
 
 namespace {
 
@@ -19,6 +20,18 @@ using java::guarded;
 Handles<Conversation>& sessions() {
   static Handles<Conversation> open;
   return open;
+}
+
+Handles<Responses>& caches() {
+  static Handles<Responses> open;
+  return open;
+}
+
+// Throws cache-closed, also for a number that is no cache's.
+std::shared_ptr<Responses> foundCache(jlong handle) {
+  auto cache = caches().find(handle);
+  if (!cache) throw errors::cacheClosed();
+  return cache;
 }
 
 // Throws session-closed, also for a number that is no session's.
@@ -95,6 +108,26 @@ jobject javaFeatures(JNIEnv* env, const Features& features) {
                                       size(features.gridColumns));
   java::check(env);
   return made;
+}
+
+// Messages.java says how they lie in these arrays.
+std::vector<Message> messagesOf(JNIEnv* env, jobjectArray roles, jintArray partCounts, jobjectArray parts) {
+  const std::vector<jint> counts = java::ints(env, partCounts, "partCounts");
+  std::vector<Message> messages;
+  jsize next = 0;
+  for (std::size_t i = 0; i < counts.size(); ++i) {
+    const auto role = static_cast<jstring>(env->GetObjectArrayElement(roles, static_cast<jsize>(i)));
+    java::check(env);
+    messages.push_back({java::text(env, role, "role"), {}});
+    env->DeleteLocalRef(role);
+    for (jint part = 0; part < counts[i]; ++part) {
+      const auto text = static_cast<jstring>(env->GetObjectArrayElement(parts, next++));
+      java::check(env);
+      messages.back().parts.push_back({text == nullptr ? "" : java::text(env, text, "text"), text == nullptr});
+      env->DeleteLocalRef(text);
+    }
+  }
+  return messages;
 }
 
 // An array of Java's for logits, or none.
@@ -180,22 +213,7 @@ jlongArray stopIds(JNIEnv* env, jclass, jlong handle) {
 jstring render(JNIEnv* env, jclass, jlong handle, jobjectArray roles, jintArray partCounts, jobjectArray parts) {
   return guarded(env, [&] {
     const auto session = found(handle);
-    const std::vector<jint> counts = java::ints(env, partCounts, "partCounts");
-    std::vector<Message> messages;
-    jsize next = 0;
-    for (std::size_t i = 0; i < counts.size(); ++i) {
-      const auto role = static_cast<jstring>(env->GetObjectArrayElement(roles, static_cast<jsize>(i)));
-      java::check(env);
-      messages.push_back({java::text(env, role, "role"), {}});
-      env->DeleteLocalRef(role);
-      for (jint part = 0; part < counts[i]; ++part) {
-        const auto text = static_cast<jstring>(env->GetObjectArrayElement(parts, next++));
-        java::check(env);
-        messages.back().parts.push_back({text == nullptr ? "" : java::text(env, text, "text"), text == nullptr});
-        env->DeleteLocalRef(text);
-      }
-    }
-    return java::string(env, session->chatTemplate().render(messages));
+    return java::string(env, session->chatTemplate().render(messagesOf(env, roles, partCounts, parts)));
   });
 }
 
@@ -266,9 +284,9 @@ void truncate(JNIEnv* env, jclass, jlong handle, jlong length) {
   guarded(env, [&] { found(handle)->session().truncate(length); });
 }
 
-jlong begin(JNIEnv* env, jclass, jlong handle, jintArray prompt, jobjectArray shown, jint maxTokens,
-            jdouble temperature, jdouble topP, jint topK, jfloat repetitionPenalty, jfloat frequencyPenalty,
-            jlong seed) {
+jlong begin(JNIEnv* env, jclass, jlong handle, jintArray prompt, jobjectArray shown, jboolean fromStart,
+            jint maxTokens, jdouble temperature, jdouble topP, jint topK, jfloat repetitionPenalty,
+            jfloat frequencyPenalty, jlong seed) {
   return guarded(env, [&]() -> jlong {
     const auto session = found(handle);
     if (topK < 0) throw errors::badSampling("top_k", topK, "0 (all) and above");
@@ -277,7 +295,7 @@ jlong begin(JNIEnv* env, jclass, jlong handle, jintArray prompt, jobjectArray sh
                             static_cast<std::uint64_t>(seed)};
     Prompt made{{}, listOf(env, shown)};
     made.tokens = session->session().expand(tokensOf(env, session->session(), prompt), made.features);
-    return session->begin(std::move(made), sampling, maxTokens);
+    return session->begin(std::move(made), fromStart == JNI_TRUE, sampling, maxTokens);
   });
 }
 
@@ -299,6 +317,49 @@ jint finishReason(JNIEnv* env, jclass, jlong handle, jlong answer) {
   return guarded(env, [&]() -> jint {
     const std::optional<FinishReason> reason = found(handle)->finishReason(answer);
     return reason ? static_cast<jint>(*reason) : -1;
+  });
+}
+
+jlong openCache(JNIEnv* env, jclass, jint entries, jlong bytes, jdouble seconds) {
+  return guarded(env, [&]() -> jlong {
+    if (entries < 0 || bytes < 0 || !(seconds >= 0)) {
+      throw errors::badJavaArgument("these are no limits of a cache", "ResponseCache", "one of them is below 0");
+    }
+    return caches().add(std::make_shared<Responses>(
+        CacheLimits{static_cast<std::size_t>(entries), static_cast<std::size_t>(bytes), seconds}));
+  });
+}
+
+void closeCache(JNIEnv* env, jclass, jlong cache) {
+  guarded(env, [&] { caches().remove(cache); });
+}
+
+void clearCache(JNIEnv* env, jclass, jlong cache) {
+  guarded(env, [&] { foundCache(cache)->clear(); });
+}
+
+jint cacheSize(JNIEnv* env, jclass, jlong cache) {
+  return guarded(env, [&] { return size(foundCache(cache)->size()); });
+}
+
+jstring recall(JNIEnv* env, jclass, jlong cache, jlong handle, jobjectArray roles, jintArray partCounts,
+               jobjectArray parts, jdouble seconds, jlong day) {
+  return guarded(env, [&]() -> jstring {
+    const auto session = found(handle);
+    const auto used = foundCache(cache);
+    const auto key = session->key(messagesOf(env, roles, partCounts, parts));
+    const auto answer = key ? used->find(*key, {seconds, day}) : std::nullopt;
+    return answer ? java::string(env, *answer) : nullptr;
+  });
+}
+
+void keep(JNIEnv* env, jclass, jlong cache, jlong handle, jobjectArray roles, jintArray partCounts,
+          jobjectArray parts, jdouble seconds, jlong day, jstring answer) {
+  guarded(env, [&] {
+    const auto session = found(handle);
+    const auto used = foundCache(cache);
+    const auto key = session->key(messagesOf(env, roles, partCounts, parts));
+    if (key) used->store(*key, java::text(env, answer, "answer"), {seconds, day});
   });
 }
 
@@ -344,10 +405,16 @@ bool registerMethods(JNIEnv* env) {
       row("decode", "(JI[F)V", decode),
       row("greedy", "(J)I", greedy),
       row("truncate", "(JJ)V", truncate),
-      row("begin", "(J[I" SHOWN "IDDIFFJ)J", begin),
+      row("begin", "(J[I" SHOWN "ZIDDIFFJ)J", begin),
       row("feed", "(JJ)Z", feed),
       row("next", "(JJ[" TEXT ")I", next),
       row("finishReason", "(JJ)I", finishReason),
+      row("openCache", "(IJD)J", openCache),
+      row("closeCache", "(J)V", closeCache),
+      row("clearCache", "(J)V", clearCache),
+      row("cacheSize", "(J)I", cacheSize),
+      row("recall", "(JJ[" TEXT "[I[" TEXT "DJ)" TEXT, recall),
+      row("keep", "(JJ[" TEXT "[I[" TEXT "DJ" TEXT ")V", keep),
       row("govern", "(JDDDDDDDDD)V", govern),
       row("report", "(JDD)D", report),
       row("pause", "(JD)D", pause),

@@ -65,8 +65,8 @@ class Row(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DeviceReport(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole report. `bundle` is the sha256 of the manifest, which lists the hashes of all files; `component` is what
-    ran; `date` is when, in UTC."""
+    """A whole report. `bundle` is the sha256 of the manifest, which lists the hashes of all files, and `bundle_title`
+    its model, target and quantisation, for people; `component` is what ran; `date` is when, in UTC."""
 
     bundle: Sha256
     component: Label
@@ -74,6 +74,7 @@ class DeviceReport(Struct, frozen=True, forbid_unknown_fields=True):
     date: Annotated[str, Meta(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")]
     rows: Annotated[tuple[Row, ...], Meta(min_length=1, max_length=256)]
     schema: Literal["edgeexport.device-parity/1"]
+    bundle_title: Label | None = None
 
     @property
     def title(self) -> str:
@@ -100,7 +101,7 @@ def read(path: Path) -> DeviceReport:
     except (ValueError, RecursionError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
         raise errors.parity_report_bad(path, str(error)) from error
     labels = [report.component, report.device.model, report.device.system, *(row.units for row in report.rows)]
-    labels += [row.golden for row in report.rows if row.golden]
+    labels += [text for text in (report.bundle_title, *(row.golden for row in report.rows)) if text]
     labels += [text for row in report.rows if row.failure for text in (row.failure.code, row.failure.what)]
     for label in labels:
         if any(unicodedata.category(character).startswith("C") for character in label):
@@ -116,7 +117,8 @@ def judge(report: DeviceReport, bundle: Bundle, where: Path) -> list[ParityResul
     """
     found = hashlib.sha256(read_manifest(bundle.path)).hexdigest()
     if report.bundle != found:
-        raise errors.parity_report_of_another_bundle(where, report.bundle, found)
+        title = f" ({report.bundle_title})" if report.bundle_title else ""
+        raise errors.parity_report_of_another_bundle(where, report.bundle + title, found)
     if bundle.manifest.component(report.component) is None:
         names = [each.name for each in bundle.manifest.components]
         raise errors.bundle_no_component(bundle.path, report.component, names)

@@ -1,12 +1,17 @@
-// Checks of the Kotlin API, run on a JVM against a bundle: `ChecksKt NAME BUNDLE ONNXRUNTIME LITERT CACHE [TOKENS]`.
+// Checks of the Kotlin API, run on a JVM against a bundle: `ChecksKt NAME BUNDLE ONNXRUNTIME LITERT CACHE [MORE...]`,
+// where the first of MORE is a prompt's token ids.
 package dev.edgeexport
 
 import android.content.Context
 import android.os.PowerManager
 import android.os.SystemClock
 import java.io.File
+import java.nio.ByteBuffer
+import java.nio.ByteOrder
+import java.util.TimeZone
 import java.util.concurrent.atomic.AtomicInteger
 import kotlin.concurrent.thread
+import kotlin.time.Duration.Companion.milliseconds
 import kotlinx.coroutines.CoroutineStart
 import kotlinx.coroutines.Dispatchers
 import kotlinx.coroutines.async
@@ -23,6 +28,7 @@ class Given(arguments: Array<String>) {
     val bundle = arguments[1]
     val options = EdgeOptions().threads(2).onnxruntime(arguments[2]).litert(arguments[3]).cacheFolder(arguments[4])
     val prompt = (arguments.getOrNull(5) ?: "5,6,7,8").split(",").map { it.toInt() }.toIntArray()
+    val more = arguments.drop(6)
 
     suspend fun open() = EdgeSession.open(bundle, options)
     fun blocking(): BlockingSession = BlockingSession.open(bundle, options)
@@ -62,6 +68,191 @@ fun text(given: Given) = given.blocking().use { session ->
     expect(session.render(Message.system("Be brief."), Message.user("Grüße 👋🏽")), session.detokenize(prompt, false))
     expect("bad-text", code { session.tokenize("half a pair: \uD83D", false) })
     expect("chat-template-failed", code { session.render(Message.assistant("I begin."), Message.assistant("Twice.")) })
+}
+
+/** What `picture:FILE:HEIGHT:WIDTH` and `sound:FILE:RATE` show: raw RGB, raw float32. */
+suspend fun encoded(session: EdgeSession, medium: String): Features {
+    val parts = medium.split(":")
+    val bytes = File(parts[1]).readBytes()
+    if (parts[0] == "picture") return session.encodeImage(bytes, parts[2].toInt(), parts[3].toInt())
+    val samples = FloatArray(bytes.size / 4)
+    ByteBuffer.wrap(bytes).order(ByteOrder.LITTLE_ENDIAN).asFloatBuffer().get(samples)
+    return session.encodeAudio(samples, parts[2].toInt())
+}
+
+/** Prints the ids of an answer to a prompt that shows pictures and sounds, then what else is wrong with them. */
+suspend fun shown(given: Given) = given.open().use { session ->
+    val features = given.more.map { encoded(session, it) }
+    check(features.all { it.rows > 0 })
+    println(session.answer(given.prompt, features, maxTokens = 16).toList().joinToString(",") { "${it.id}" })
+    session.reset()
+    suspend fun refused(shown: List<Features>) = check(code { session.answer(given.prompt, shown).collect() } != "")
+    for (seen in features.filter { it.component == "vision" }) {
+        for ((height, width) in listOf(2 to 3, 2 to 1, 0 to 4, -2 to -2, Int.MAX_VALUE to 2)) {
+            expect("not-an-image", code { session.encodeImage(ByteArray(12), height, width) })
+        }
+        val wide = Features("vision", 1, seen.width + 1, FloatArray(seen.width + 1), 1, 1)
+        refused(listOf(wide))
+        if (features.size == 1) refused(features + seen) // but where every token sees all
+    }
+    if (features.any { it.component == "audio" }) {
+        expect("bad-sound", code { session.encodeAudio(FloatArray(0), 16000) })
+        expect("bad-sound", code { session.encodeAudio(floatArrayOf(Float.NaN), 16000) })
+        expect("bad-sample-rate", code { session.encodeAudio(FloatArray(16), 0) })
+        expect("bad-sample-rate", code { session.encodeAudio(FloatArray(16), -1) })
+        expect("sound-too-long", code { session.encodeAudio(FloatArray(50_000_000), 16000) })
+    }
+    expect(0, session.position)
+}
+
+/** A [ResponseCache]'s clock: half past eleven in the evening, where it is half past two in Greenwich. */
+class Evening {
+    var now = 1_800_023_400_000 // milliseconds
+
+    init {
+        TimeZone.setDefault(TimeZone.getTimeZone("GMT+9"))
+    }
+
+    companion object {
+        const val HOUR = 3_600_000L
+    }
+}
+
+/** Which answers a cache gives again, and to whom. */
+suspend fun cached(given: Given) {
+    val time = Evening()
+    fun cache(entries: Int = 3, bytes: Long = 100_000) = ResponseCache(entries, bytes, 7200.0) { time.now }
+    suspend fun EdgeSession.ask(cache: ResponseCache, text: String): List<Token> =
+        answer(cache, Message.user(text)).toList()
+    fun text(answer: List<Token>) = answer.joinToString("") { it.text }
+    fun ids(answer: List<Token>) = answer.map { it.id }.filter { it != Token.NO_ID }
+
+    given.open().use { session ->
+        cache().use { cache ->
+            expect(null, session.cached(cache, Message.user("Tap  it")))
+            var reason: FinishReason? = null
+            val computed = session.answer(cache, Message.user("Tap  it"), maxTokens = 200) { reason = it }.toList()
+            expect(FinishReason.STOP, reason)
+            println(ids(computed).joinToString(","))
+            expect(1, cache.size())
+            val stays = session.position
+            reason = null
+            val again = session.answer(cache, Message.user("Tap  it"), maxTokens = 1) { reason = it }.toList()
+            expect(FinishReason.STOP, reason)
+            expect(listOf(Token.NO_ID to text(computed)), again.map { it.id to it.text })
+            expect(stays, session.position)
+            for (same in listOf("Tap it", " Tap\t it ")) {
+                expect(text(computed), session.cached(cache, Message.user(same)))
+            }
+            for (new in listOf("tap it", "Tap\nit", "Tapit")) expect(null, session.cached(cache, Message.user(new)))
+            expect(null, session.cached(cache, Message.system("Tap it"), Message.user("Tap it")))
+            expect(null, session.cached(cache, Message.user("Tap it"), Message.assistant("Why?"), Message.user("Go")))
+            // what was asked first is computed as if nothing had been asked before
+            cache.clear()
+            expect(ids(computed), ids(session.ask(cache, "Tap  it")))
+        }
+        cache().use { cache -> // only what the model ended by itself, and what was heard to its end
+            session.answer(cache, Message.user("Tap  it"), maxTokens = 1).collect()
+            session.answer(cache, Message.user("Tap  it")).take(1).collect()
+            expect(0, cache.size())
+            check(code { session.answer(cache, Message.image().withText("What?")).collect() }.isNotEmpty())
+            check(code { session.answer(cache, Message.user("word ".repeat(5000))).collect() } == "context-full")
+            expect(0, cache.size())
+        }
+        cache().use { cache -> // age
+            session.ask(cache, "Tap  it")
+            time.now += 2 * Evening.HOUR
+            check(session.cached(cache, Message.user("Tap  it")) != null)
+            time.now += 1
+            expect(null, session.cached(cache, Message.user("Tap  it")))
+            time.now -= 1 + 2 * Evening.HOUR
+        }
+        cache().use { cache -> // dates
+            for (said in listOf("What is the date?", "On 21.11.2026")) {
+                expect(true, session.ask(cache, said).isNotEmpty())
+                time.now += Evening.HOUR / 2 - 1
+                check(session.cached(cache, Message.user(said)) != null)
+                time.now += 1 // midnight
+                expect(null, session.cached(cache, Message.user(said)))
+                time.now -= Evening.HOUR / 2
+            }
+            cache.clear()
+            session.ask(cache, "What time is it?")
+            expect(0, cache.size())
+            // asked before midnight, and answered after it
+            session.answer(cache, Message.user("What is the date?")).collect { time.now += Evening.HOUR }
+            expect(1, cache.size())
+            expect(null, session.cached(cache, Message.user("What is the date?")))
+        }
+        cache(entries = 2).use { cache -> // number
+            for (each in listOf("one", "two", "one", "three")) session.ask(cache, each)
+            expect(listOf(true, false, true), listOf("one", "two", "three").map {
+                session.cached(cache, Message.user(it)) != null
+            })
+            expect(2, cache.size())
+        }
+        cache(bytes = 50).use { cache ->
+            session.ask(cache, "one")
+            expect(0, cache.size())
+        }
+        ResponseCache().use { cache -> // other bundles, on the device's own clock
+            session.ask(cache, "Tap  it")
+            check(session.cached(cache, Message.user("Tap  it")) != null)
+            for (other in given.more) {
+                EdgeSession.open(other, given.options).use { expect(null, it.cached(cache, Message.user("Tap  it"))) }
+            }
+            given.blocking().use { check(it.cached(cache, Message.user("Tap  it")) != null) }
+        }
+    }
+    misusedCache(given)
+}
+
+suspend fun misusedCache(given: Given) {
+    expect("bad-argument", code { ResponseCache(-1, 1, 1.0) { 0 } })
+    expect("bad-argument", code { ResponseCache(1, -1, 1.0) { 0 } })
+    expect("bad-argument", code { ResponseCache(1, 1, Double.NaN) { 0 } })
+    given.open().use { session ->
+        val cache = ResponseCache()
+        val hello = Message.user("Hello")
+        val running = session.answer(cache, hello)
+        List(4) { thread { repeat(100) { runBlocking { session.cached(cache, hello) } } } }.forEach { it.join() }
+        cache.close()
+        cache.close()
+        expect("cache-closed", code { cache.size() })
+        expect("cache-closed", code { cache.clear() })
+        expect("cache-closed", code { running.collect() })
+        expect("cache-closed", code { session.cached(cache, hello) })
+        session.close()
+        ResponseCache().use { open -> expect("session-closed", code { session.answer(open, hello).collect() }) }
+    }
+    given.blocking().use { session ->
+        val cache = ResponseCache()
+        val behind = session.answer(cache, 200, Message.user("Tap  it"))
+        session.prefill(given.prompt, null) // what is answered behind this is no answer to the conversation alone
+        expect("answer-interrupted", code { behind.next() })
+        expect(given.prompt.size, session.position())
+        val answer = session.answer(cache, 200, Message.user("Tap  it"))
+        cache.close()
+        expect("cache-closed", code { while (answer.next() != null) { /* its end */ } })
+        expect(null, answer.next())
+        val nowhere = longArrayOf(0, -1, Long.MAX_VALUE, Long.MIN_VALUE)
+        for (handle in nowhere) {
+            expect("cache-closed", code { Native.cacheSize(handle) })
+            expect("", code { Native.closeCache(handle) })
+        }
+    }
+    // a cache's memory is given back when it is closed
+    val session = given.options.run { Native.open(given.bundle, threads, onnxruntime, litert, cacheFolder) }
+    val long = "x".repeat(900_000)
+    fun filled() = ResponseCache().use { cache ->
+        cache.ask(session, Message.user("Tap it")).accept(long)
+        expect(1, cache.size())
+    }
+    repeat(20) { filled() }
+    val memory = resident()
+    repeat(100) { filled() }
+    Native.close(session)
+    check(resident() - memory < 50_000) { "caches were not given back: ${resident() - memory} kB more" }
 }
 
 /** A collector that stops leaves the session where it was, at once free for the next answer. */
@@ -332,6 +523,15 @@ fun thermal(given: Given) = runBlocking {
         ThermalReadings(Context(power), session, this).use { delay(50) }
         expect(0.8, session.report(SystemClock.nanos / 1e9 + 1, 0.8))
     }
+    // one reading after the other
+    power.headroom = 1.2f
+    ThermalReadings(Context(power), session, this, GovernorPolicy(1.0), 20.milliseconds).use {
+        repeat(5) {
+            SystemClock.nanos += 10_000_000_000
+            delay(100)
+        }
+    }
+    check(session.report(SystemClock.nanos / 1e9 + 1, 0.8) < 0.5) { "it read no more than once" }
     ThermalReadings(Context(power), session, this)
     session.close() // the loop of these readings ends by itself, else this scope would wait for it
 }
@@ -341,6 +541,8 @@ val CHECKS: Map<String, suspend (Given) -> Unit> = mapOf(
     "text" to { text(it) },
     "cancel" to ::cancel,
     "pieces" to ::pieces,
+    "shown" to ::shown,
+    "cached" to ::cached,
     "misuse" to ::misuse,
     "threads" to { threads(it) },
     "close" to { close(it) },

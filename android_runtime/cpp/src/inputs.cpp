@@ -131,11 +131,14 @@ Piece Inputs::feed(const std::int32_t* tokens, std::size_t count, const std::vec
 void Inputs::attend(std::size_t count, const std::vector<Features>& features) {
   if (features.empty()) return;
   const std::size_t rows = rowsOf(features);
-  const std::size_t width = features[0].width;
+  const Signature* signature = bundle_.component(kFusion).signature("step");
+  const TensorSpec* taken = signature == nullptr ? nullptr : named(signature->inputs, fusionInputs_[1].name);
+  if (taken == nullptr || taken->shape.empty()) throw errors::bundleNoVariant(kFusion, fusionInputs_[1].name);
+  const auto width = static_cast<std::size_t>(taken->shape.back().max);
   shown_.clear();
   shown_.reserve(rows * width);
   for (const Features& each : features) {
-    if (each.width != width) throw errors::runtimeFailed("edgeexport", "features of different widths");
+    if (each.width != width) throw errors::runtimeFailed("edgeexport", "features of another width");
     shown_.insert(shown_.end(), each.values.begin(), each.values.end());
   }
   fused_.resize(count * width_);

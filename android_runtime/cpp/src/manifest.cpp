@@ -39,14 +39,6 @@ std::vector<Made> listed(const Json& object, std::string_view key, Make make) {
   return made;
 }
 
-std::map<std::string, std::string> strings(const Json& object, std::string_view key) {
-  std::map<std::string, std::string> made;
-  if (const Json* found = object.find(key)) {
-    for (const auto& [name, value] : found->members()) made[name] = value.string();
-  }
-  return made;
-}
-
 std::optional<std::string> optionalText(const Json& object, std::string_view key) {
   const Json* found = object.find(key);
   if (found == nullptr || found->isNull()) return std::nullopt;
@@ -184,15 +176,15 @@ Manifest manifest(const Json& found) {
   }
   if (const Json* contract = found.find("text"); contract != nullptr && !contract->isNull()) {
     made.stopIds = listed<std::int64_t>(*contract, "stop_ids", [](const Json& id) { return count(id); });
-    made.specialTokens = strings(*contract, "special_tokens");
   }
   made.preprocess = optionalText(found, "preprocess");
   if (made.preprocess && made.files.count(*made.preprocess) == 0) refuse("preprocess names a file that is not listed");
-  made.tools = strings(found, "tools");
   return made;
 }
 
 }  // namespace
+
+std::string Manifest::title() const { return modelName + ", " + targetName + ", " + quantisation; }
 
 const Signature* Component::signature(const std::string& wanted) const { return named(signatures, wanted); }
 

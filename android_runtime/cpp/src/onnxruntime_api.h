@@ -41,6 +41,7 @@ struct Api {
   OrtStatus* (*createSessionOptions)(OrtSessionOptions**);
   OrtStatus* (*setLogSeverity)(OrtSessionOptions*, int level);
   OrtStatus* (*setIntraOpThreads)(OrtSessionOptions*, int threads);
+  OrtStatus* (*addConfig)(OrtSessionOptions*, const char* key, const char* value);
   OrtStatus* (*inputCount)(const OrtSession*, std::size_t*);
   OrtStatus* (*inputTypeInfo)(const OrtSession*, std::size_t index, OrtTypeInfo**);
   OrtStatus* (*outputTypeInfo)(const OrtSession*, std::size_t index, OrtTypeInfo**);
@@ -111,6 +112,7 @@ struct Api {
     take(releaseValue, 96);
     take(releaseTypeInfo, 98);
     take(releaseSessionOptions, 100);
+    take(addConfig, 130);
     take(runWithBinding, 133);
     take(createIoBinding, 134);
     take(releaseIoBinding, 135);

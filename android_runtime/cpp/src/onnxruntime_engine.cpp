@@ -17,6 +17,10 @@ using namespace onnxruntime;
 constexpr const char* kRuntime = "ONNX Runtime";
 constexpr const char* kStep = "step";  // the signature of a component that has no variants
 
+// KleidiAI rounds what it multiplies int4 weights with once per token, all other kernels once per block: its logits are
+// further from the ones that were compared when the bundle was built than the bundle's gates allow.
+constexpr const char* kDisableKleidiAi = "mlas.disable_kleidiai";
+
 template <typename Type>
 struct Release {
   void (*release)(Type*);
@@ -40,6 +44,7 @@ class Model {
       auto settings = make<OrtSessionOptions>(api_.releaseSessionOptions,
                                               [&](OrtSessionOptions** out) { return api_.createSessionOptions(out); });
       check(api_.setLogSeverity(settings.get(), kLogErrors));
+      check(api_.addConfig(settings.get(), kDisableKleidiAi, "1"));
       if (options.threads > 0) check(api_.setIntraOpThreads(settings.get(), options.threads));
       session_ = make<OrtSession>(api_.releaseSession, [&](OrtSession** out) {
         return api_.createSession(env_.get(), path.c_str(), settings.get(), out);

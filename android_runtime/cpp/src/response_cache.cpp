@@ -5,6 +5,8 @@
 #include <iterator>
 #include <utility>
 
+#include "errors.h"
+
 namespace edgeexport {
 
 namespace {
@@ -106,12 +108,29 @@ Freshness ResponseCache::freshness(std::string_view prompt) {
   return holdsNumbersOfTime(text) || holdsAny(text, kDayWords) ? Freshness::kSameDay : Freshness::kAlways;
 }
 
+std::optional<PromptKey> promptKey(const Bundle& bundle, const ChatTemplate& chat, std::vector<Message> messages) {
+  const auto shows = [](const Message& each) {
+    return std::any_of(each.parts.begin(), each.parts.end(), [](const MessagePart& part) { return part.image; });
+  };
+  if (std::any_of(messages.begin(), messages.end(), shows)) return std::nullopt;
+  const auto& files = bundle.manifest().files;
+  const auto file = files.find(ChatTemplate::kFile);
+  if (file == files.end()) throw errors::bundleFileMissing(bundle.folder(), ChatTemplate::kFile);
+  PromptKey made{bundle.digest(), file->second.sha256, chat.render(messages), ""};
+  for (Message& each : messages) {
+    if (each.parts.size() == 1) each.parts[0].text = ResponseCache::normalised(each.parts[0].text);
+  }
+  made.normal = chat.render(messages);
+  return made;
+}
+
 std::optional<std::string> ResponseCache::find(const PromptKey& key, const Moment& now) {
   const auto fresh = [&](const Entry& entry) {
-    return now.seconds - entry.made.seconds <= limits_.seconds && (!entry.sameDay || entry.made.day == now.day);
+    const double age = now.seconds - entry.made.seconds;
+    return age >= 0 && age <= limits_.seconds && (!entry.sameDay || entry.made.day == now.day);
   };
   const std::pair<std::map<std::string, Entries::iterator>*, std::string> tries[] = {
-      {&exact_, scoped(key, key.prompt)}, {&normal_, scoped(key, normalised(key.prompt))}};
+      {&exact_, scoped(key, key.prompt)}, {&normal_, scoped(key, key.normal)}};
   for (const auto& [index, wanted] : tries) {
     const auto found = index->find(wanted);
     if (found == index->end()) continue;
@@ -129,7 +148,7 @@ std::optional<std::string> ResponseCache::find(const PromptKey& key, const Momen
 bool ResponseCache::store(const PromptKey& key, std::string answer, const Moment& now) {
   const Freshness kind = freshness(key.prompt);
   if (kind == Freshness::kNever) return false;
-  Entry made{scoped(key, key.prompt), scoped(key, normalised(key.prompt)), std::move(answer), now,
+  Entry made{scoped(key, key.prompt), scoped(key, key.normal), std::move(answer), now,
              kind == Freshness::kSameDay};
   if (const auto old = exact_.find(made.key); old != exact_.end()) erase(old->second);
   if (limits_.entries == 0 || made.bytes() > limits_.bytes) return false;

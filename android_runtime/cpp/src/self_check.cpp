@@ -134,7 +134,8 @@ std::string deviceReport(const Bundle& bundle, const RuntimeOptions& options, co
     });
   }
   return "{\n  \"schema\": \"edgeexport.device-parity/1\",\n  \"bundle\": \"" + bundle.digest() +
-         "\",\n  \"component\": \"decoder\",\n  \"device\": {\"model\": " +
+         "\",\n  \"bundle_title\": " + jsonQuoted(printable(bundle.manifest().title(), kMaxLabel)) +
+         ",\n  \"component\": \"decoder\",\n  \"device\": {\"model\": " +
          jsonQuoted(printable(device.model, kMaxLabel)) + ", \"system\": " +
          jsonQuoted(printable(device.system, kMaxLabel)) + "},\n  \"date\": \"" + now() + "\",\n  \"rows\": [" +
          rows.json() + "\n  ]\n}\n";

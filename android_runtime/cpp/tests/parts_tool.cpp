@@ -186,7 +186,8 @@ class Tool {
     }
     if (what == "fresh") return std::to_string(static_cast<int>(ResponseCache::freshness(request.at("text").string())));
     const auto& key = request.at("key").array();
-    const PromptKey made{key[0].string(), key[1].string(), key[2].string()};
+    const std::string& prompt = key[2].string();
+    const PromptKey made{key[0].string(), key[1].string(), prompt, ResponseCache::normalised(prompt)};
     const auto& moment = request.at("now").array();
     const Moment now{moment[0].number(), moment[1].integer()};
     if (what == "store") return cache_.store(made, request.at("answer").string(), now) ? "true" : "false";

@@ -7,7 +7,7 @@
 //   --logits FILE      where the logits go that each token was chosen from: raw float32, one answer after the other
 //   --max-tokens N     length of each answer (16); a stop id ends it
 //   --threads N        0: the runtime chooses
-//   --onnxruntime PATH, --litert PATH, --cache FOLDER
+//   --onnxruntime PATH, --litert PATH, --cache FOLDER, --engines FOLDER
 //   --check            makes the conversations anew, and compares golden vectors with the bundle's gates
 //   --report           prints the report that `edgeexport parity BUNDLE --import` reads
 //   --verify           reads every file of the bundle and compares its hash
@@ -94,6 +94,8 @@ Arguments parse(int count, char** values) {
       made.runtime.litert = value();
     } else if (name == "--cache") {
       made.runtime.cacheFolder = value();
+    } else if (name == "--engines") {
+      made.runtime.engines = value();
     } else if (name == "--check") {
       made.check = true;
     } else if (name == "--report") {
@@ -182,7 +184,8 @@ void run(const Arguments& arguments) {
   }
   const double started = seconds();
   const auto session = Session::open(bundle, arguments.runtime);
-  std::cout << "{\"open_seconds\": " << seconds() - started;
+  std::cout << "{\"bundle\": " << edgeexport::jsonQuoted(bundle.manifest().title())
+            << ", \"open_seconds\": " << seconds() - started;
   if (arguments.check) {
     const edgeexport::GoldenComparison found = edgeexport::selfCheck(bundle, *session);
     std::cout << ", \"check\": {\"steps\": " << found.steps << ", \"max_abs\": " << found.maxAbs.value_or(-1)
@@ -212,7 +215,7 @@ int main(int count, char** values) {
   } catch (const std::logic_error& problem) {
     std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] "
                  "[--keep N] [--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] "
-                 "[--cache FOLDER] [--check] [--report] [--verify]: not understood: "
+                 "[--cache FOLDER] [--engines FOLDER] [--check] [--report] [--verify]: not understood: "
               << problem.what() << "\n";
     return 2;
   }

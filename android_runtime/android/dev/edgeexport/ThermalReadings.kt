@@ -4,6 +4,7 @@ import android.content.Context
 import android.os.Build
 import android.os.PowerManager
 import android.os.SystemClock
+import kotlin.time.Duration
 import kotlin.time.Duration.Companion.seconds
 import kotlinx.coroutines.CoroutineScope
 import kotlinx.coroutines.Job
@@ -19,6 +20,7 @@ class ThermalReadings(
     private val session: EdgeSession,
     scope: CoroutineScope,
     policy: GovernorPolicy = GovernorPolicy(1.0),
+    period: Duration = 10.seconds, // getThermalHeadroom is not to be asked more often
 ) : AutoCloseable {
     private val power = context.getSystemService(Context.POWER_SERVICE) as PowerManager
     private val reading: Job
@@ -26,7 +28,7 @@ class ThermalReadings(
     init {
         session.govern(policy)
         reading = scope.launch {
-            while (Build.VERSION.SDK_INT >= Build.VERSION_CODES.Q && report()) delay(PERIOD)
+            while (Build.VERSION.SDK_INT >= Build.VERSION_CODES.Q && report()) delay(period)
         }
     }
 
@@ -50,7 +52,6 @@ class ThermalReadings(
     override fun close() = reading.cancel()
 
     private companion object {
-        val PERIOD = 10.seconds // getThermalHeadroom is not to be asked more often
         const val NANOS = 1e9
     }
 }

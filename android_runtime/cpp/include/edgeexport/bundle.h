@@ -82,10 +82,10 @@ struct Manifest {
   std::map<std::string, FileEntry> files;
   Golden golden;
   std::vector<std::int64_t> stopIds;  // ascending
-  std::map<std::string, std::string> specialTokens;
   std::optional<std::string> preprocess;
-  std::map<std::string, std::string> tools;
 
+  // For people: the model, the target and the quantisation.
+  std::string title() const;
   const Component* component(const std::string& name) const;
 
   // Reads manifest.json. `where` is for messages. Throws bundle-bad-manifest, bundle-too-new.

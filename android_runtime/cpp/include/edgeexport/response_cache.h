@@ -8,19 +8,29 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "edgeexport/bundle.h"
+#include "edgeexport/chat.h"
 
 namespace edgeexport {
 
-// What an answer depends on. `prompt` is the whole text that the model is given, its system message in it; greedy
-// answers to text alone belong here, since pictures, sounds and a seed are not part of the key.
+// What an answer depends on. Greedy answers to text alone belong here, since pictures, sounds and a seed are not part
+// of the key.
 struct PromptKey {
   std::string bundleDigest;    // of the manifest
   std::string templateDigest;  // of tokenizer/chat.json, or of whatever made the prompt
-  std::string prompt;
+  std::string prompt;          // the whole text that the model is given, its system message in it
+  std::string normal;          // the prompt that it would be without needless spaces
 };
 
-// The time of a call, given by the caller: seconds of a clock that never goes back, and the number of the local
-// calendar day.
+// Of a conversation that a bundle's model is to answer from the start; each message of one part is normalised by
+// itself. Nothing where a picture is shown. Throws chat-template-failed,
+// bundle-file-missing where the bundle has no template.
+std::optional<PromptKey> promptKey(const Bundle& bundle, const ChatTemplate& chat, std::vector<Message> messages);
+
+// The time of a question, given by the caller: seconds of any clock, and the number of the local calendar day. Answers
+// of a later time, as there are after a clock was set back, are not given.
 struct Moment {
   double seconds = 0;
   std::int64_t day = 0;

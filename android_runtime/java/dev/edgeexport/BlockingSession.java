@@ -1,8 +1,5 @@
 package dev.edgeexport;
 
-import java.util.ArrayList;
-import java.util.List;
-
 /**
  * One conversation with a bundle's model, for threads that may wait. In Kotlin, EdgeSession is the same for coroutines.
  *
@@ -67,15 +64,8 @@ public final class BlockingSession implements AutoCloseable {
 
     /** The text of a conversation, by the bundle's chat template. */
     public String render(Message... messages) {
-        String[] roles = new String[messages.length];
-        int[] counts = new int[messages.length];
-        List<String> parts = new ArrayList<>();
-        for (int i = 0; i < messages.length; ++i) {
-            roles[i] = messages[i].role;
-            counts[i] = messages[i].parts.size();
-            parts.addAll(messages[i].parts);
-        }
-        return Native.render(handle, roles, counts, parts.toArray(new String[0]));
+        Messages all = new Messages(messages);
+        return Native.render(handle, all.roles, all.counts, all.parts);
     }
 
     /** The token ids of a text; the tokenizer's own special tokens belong around plain text, not around a chat. */
@@ -100,8 +90,30 @@ public final class BlockingSession implements AutoCloseable {
 
     /** Begins an answer behind what is in the cache; a prompt shows its pictures and sounds in their order. */
     public Answer answer(int[] prompt, Sampling sampling, int maxTokens, Features... shown) {
-        return new Answer(handle, Native.begin(handle, prompt, shown, maxTokens, sampling.temperature, sampling.topP,
-                sampling.topK, sampling.repetitionPenalty, sampling.frequencyPenalty, sampling.seed));
+        return new Answer(handle, begun(prompt, false, sampling, maxTokens, shown), null);
+    }
+
+    /**
+     * The greedy answer to a whole conversation. Where the cache has it, it is one piece without an id, and the session
+     * stays as it is. Else the session is reset and computes it, and the cache keeps what the model ended by itself.
+     */
+    public Answer answer(ResponseCache cache, int maxTokens, Message... messages) {
+        ResponseCache.Question question = cache.ask(handle, messages);
+        String kept = question.kept();
+        if (kept != null) return new Answer(kept);
+        int[] prompt = prompt(messages);
+        reset();
+        return new Answer(handle, begun(prompt, true, Sampling.GREEDY, maxTokens), question);
+    }
+
+    /** The answer that a cache has for a conversation, or null. */
+    public String cached(ResponseCache cache, Message... messages) {
+        return cache.ask(handle, messages).kept();
+    }
+
+    private long begun(int[] prompt, boolean fromStart, Sampling sampling, int maxTokens, Features... shown) {
+        return Native.begin(handle, prompt, shown, fromStart, maxTokens, sampling.temperature, sampling.topP,
+                sampling.topK, sampling.repetitionPenalty, sampling.frequencyPenalty, sampling.seed);
     }
 
     /** Appends tokens; writes the vocab() logits of the last one to an array, unless it is null. */

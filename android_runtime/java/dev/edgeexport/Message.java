@@ -3,6 +3,7 @@ package dev.edgeexport;
 import java.util.ArrayList;
 import java.util.Collections;
 import java.util.List;
+import java.util.Objects;
 
 /** One message of a conversation: text, and places of pictures, in their order. */
 public final class Message {
@@ -15,15 +16,15 @@ public final class Message {
     }
 
     public static Message system(String text) {
-        return new Message("system", Collections.singletonList(text));
+        return new Message("system", said(text));
     }
 
     public static Message user(String text) {
-        return new Message("user", Collections.singletonList(text));
+        return new Message("user", said(text));
     }
 
     public static Message assistant(String text) {
-        return new Message("assistant", Collections.singletonList(text));
+        return new Message("assistant", said(text));
     }
 
     /** A message of the user that begins with a picture. */
@@ -37,7 +38,11 @@ public final class Message {
     }
 
     public Message withText(String text) {
-        return with(text);
+        return with(Objects.requireNonNull(text, "text"));
+    }
+
+    private static List<String> said(String text) {
+        return Collections.singletonList(Objects.requireNonNull(text, "text"));
     }
 
     private Message with(String part) {

@@ -47,8 +47,8 @@ final class Native {
     static native void truncate(long session, long length);
 
     static native long begin(
-            long session, int[] prompt, Features[] shown, int maxTokens, double temperature, double topP, int topK,
-            float repetitionPenalty, float frequencyPenalty, long seed);
+            long session, int[] prompt, Features[] shown, boolean fromStart, int maxTokens, double temperature,
+            double topP, int topK, float repetitionPenalty, float frequencyPenalty, long seed);
 
     /** Takes in a piece of a long prompt; false where what is left is for next. */
     static native boolean feed(long session, long answer);
@@ -57,6 +57,23 @@ final class Native {
     static native int next(long session, long answer, String[] text);
 
     static native int finishReason(long session, long answer);
+
+    static native long openCache(int entries, long bytes, double seconds);
+
+    static native void closeCache(long cache);
+
+    static native void clearCache(long cache);
+
+    static native int cacheSize(long cache);
+
+    /** The answer that is kept for a conversation, or null. */
+    static native String recall(
+            long cache, long session, String[] roles, int[] partCounts, String[] parts, double seconds, long day);
+
+    /** Keeps an answer, unless it must not be kept, or is too large. */
+    static native void keep(
+            long cache, long session, String[] roles, int[] partCounts, String[] parts, double seconds, long day,
+            String answer);
 
     static native void govern(
             long session, double budget, double high, double low, double down, double up, double slowest,

@@ -2,7 +2,7 @@ package dev.edgeexport;
 
 /** One token of an answer, and the text that became certain with it: often its own, sometimes none. */
 public final class Token {
-    /** The id of what ends an answer within a character: its text is U+FFFD, and no token belongs to it. */
+    /** Of text that no token belongs to: U+FFFD where an answer ends within a character, an answer out of a cache. */
     public static final int NO_ID = -1;
 
     private final int id;

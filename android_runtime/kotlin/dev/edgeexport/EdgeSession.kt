@@ -59,8 +59,25 @@ class EdgeSession private constructor(
         sampling: Sampling = Sampling.GREEDY,
         maxTokens: Int = 256,
         onEnd: (FinishReason) -> Unit = {},
-    ): Flow<Token> = flow {
-        val answer = session.answer(prompt, sampling, maxTokens, *shown.toTypedArray())
+    ): Flow<Token> = tokens(onEnd) { session.answer(prompt, sampling, maxTokens, *shown.toTypedArray()) }
+
+    /**
+     * The greedy answer to a whole conversation. Where the cache has it, it is one piece without an id, and the session
+     * stays as it is. Else the session is reset and computes it, and the cache keeps what the model ended by itself.
+     */
+    fun answer(
+        cache: ResponseCache,
+        vararg messages: Message,
+        maxTokens: Int = 256,
+        onEnd: (FinishReason) -> Unit = {},
+    ): Flow<Token> = tokens(onEnd) { session.answer(cache, maxTokens, *messages) }
+
+    /** The answer that a cache has for a conversation, or null. */
+    suspend fun cached(cache: ResponseCache, vararg messages: Message): String? =
+        withContext(worker) { session.cached(cache, *messages) }
+
+    private fun tokens(onEnd: (FinishReason) -> Unit, begin: () -> Answer): Flow<Token> = flow {
+        val answer = begin()
         while (answer.feed()) currentCoroutineContext().ensureActive()
         while (true) {
             delay(answer.pauseNanos().nanoseconds)

@@ -1,8 +1,9 @@
 package android.content;
 
 import android.os.PowerManager;
+import java.io.File;
 
-/** As much of Android's class as ThermalReadings uses, for a JVM. */
+/** As much of Android's class as ThermalReadings and the README use, for a JVM. */
 public class Context {
     public static final String POWER_SERVICE = "power";
 
@@ -10,6 +11,10 @@ public class Context {
 
     public Context(PowerManager power) {
         this.power = power;
+    }
+
+    public File getCacheDir() {
+        return new File(".");
     }
 
     public Object getSystemService(String name) {
