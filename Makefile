@@ -45,9 +45,10 @@ ANDROID_TOOLS := build/android/tools
 android-tools: setup
 	@command -v npm > /dev/null || { echo "no npm: apt-get install npm"; exit 7; }
 	npm install --silent --no-audit --no-fund --prefix $(ANDROID_TOOLS) kotlin-compiler@2.4.20
-	version=$$($(BIN)/python -c "from importlib.metadata import version; print(version('onnxruntime'))"); \
+	$(BIN)/python -m pip freeze | grep -E '^(onnxruntime|ai-edge-litert)==' > $(ANDROID_TOOLS)/runtimes.txt
 	$(BIN)/pip download --quiet --disable-pip-version-check --no-deps --dest $(ANDROID_TOOLS) \
-	  --platform manylinux_2_28_aarch64 --only-binary=:all: onnxruntime==$$version
+	  --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --only-binary=:all: \
+	  --requirement $(ANDROID_TOOLS)/runtimes.txt
 	test -x $(ANDROID_TOOLS)/ziglang/zig || $(BIN)/pip install --quiet --disable-pip-version-check --no-deps \
 	  --target $(ANDROID_TOOLS) ziglang==0.15.2
 

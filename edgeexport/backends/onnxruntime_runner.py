@@ -195,6 +195,8 @@ def _options(model: Path | bytes, threads: int | None, folder: Path) -> Any:
     options.log_severity_level = 3
     # Weights that a graph dequantises itself are multiplied as it says, not by kernels that round activations too.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # On ARM, KleidiAI's kernels round what they multiply int4 weights with per token, not per block as all others do.
+    options.add_session_config_entry("mlas.disable_kleidiai", "1")
     if threads:
         options.intra_op_num_threads = threads
     if isinstance(model, bytes):
