@@ -221,6 +221,7 @@ def climb(
         prompts=examples.texts(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],
         shown={name: case.example for name, case in shown.items()},
         answer_tokens=ANSWER_TOKENS,
+        stop_ids=frozenset(job.special_tokens.stop_ids),
         overrides=job.target.gates(job.scheme),
         probe=_probe(job, parts, shown, console),
         stand_in=getattr(runner, "STAND_IN", None),

@@ -109,6 +109,8 @@ class Subject:
     shown: Mapping[str, Example]
     """Prompts with pictures or sound, by a name for people."""
     answer_tokens: int
+    stop_ids: frozenset[int]
+    """Tokens that end an answer."""
     overrides: Mapping[str, Any]
     probe: Probe | None = None
     stand_in: StandIn | None = None
@@ -158,7 +160,7 @@ class Outcome:
 @dataclass(frozen=True, eq=False)
 class Answered:
     """A prompt with the artifact's greedy answer behind it and, where pictures or sound are in the prompt, the logits
-    [V] from which each token of the answer was chosen."""
+    [V] from which each token was chosen, up to the one that ends the answer."""
 
     example: Example
     logits: Sequence[Array]
@@ -284,7 +286,7 @@ class Evidence:
                 session.reset()
                 tokens = [int(token) for token in prompt.tokens]
                 logits = session.prefill(prompt.tokens, made)
-                chosen_from = []
+                chosen_from: list[Array] = []
                 for _ in range(self.subject.answer_tokens):
                     tokens.append(int(np.argmax(logits)))
                     if made:
@@ -292,7 +294,9 @@ class Evidence:
                     if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
                         break
                     logits = session.decode(tokens[-1])
-                answered.append(Answered(replace(prompt, tokens=np.array(tokens, np.int64)), chosen_from))
+                answer = tokens[len(prompt.tokens) :]
+                whole = next((i + 1 for i, token in enumerate(answer) if token in self.subject.stop_ids), len(answer))
+                answered.append(Answered(replace(prompt, tokens=np.array(tokens, np.int64)), chosen_from[:whole]))
                 progress(done + 1, len(prompts))
         _give_back()
         return answered

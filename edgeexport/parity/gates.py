@@ -52,7 +52,9 @@ REFERENCE_FEATURES = {"float": 1e-3, "half": 3e-2, "int8": 0.15, "int4": 0.5}
 it from its weights."""
 
 REFERENCE_KL = {"float": 1e-4, "half": 1e-3, "int8": 0.15, "int4": 0.8}
-"""L5: mean KL in nats from transformers' model to the artifact. Measured 3e-11, 0.02 and 0.29 to 0.41."""
+"""L5: mean KL in nats from transformers' model to the artifact. Measured 3e-11, 0.02 and 0.29 to 0.41; along the
+answers of autoglm-phone-mini at 4 bits 0.45, 0.62 and 0.69, in a file that answers the held-out questions as well as
+the original and in others that lose five points of 100 at most, and 1.7 in one that loses 23."""
 
 REFERENCE_TOP1 = {"float": 1.0, "half": 1.0, "int8": 0.9, "int4": 0.6}
 """L5: share of decided positions (not near a tie) where both choose the same token, 320 tokens after ten prompts.

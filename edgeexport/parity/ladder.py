@@ -231,16 +231,19 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
         agree, near, total = _agreement([a.logits for a in answers], chosen, firsts, tie)
         least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[kind])
         state.results.append(_tokens_row(level, title, agree, near, total, {"top1": least, "near_tie": tie}))
-    text, *shown = evidence.sequences
-    steps = {text: kl_divergence(oracle.logits[text.name], shipped.logits[text.name])}
+    text = evidence.sequences[0].name
+    judged = {"logits, against transformers": kl_divergence(oracle.logits[text], shipped.logits[text])}
     # What a script lets follow a picture is unlike anything a model saw; what the artifact itself answers is not.
-    after = len(subject.prompts)
-    for sequence, answer, judged in zip(shown, answered[after:], answers[after:], strict=True):
-        steps[sequence] = kl_divergence(judged.logits, np.stack(answer.logits))
+    along = [
+        kl_divergence(answer.logits[: len(each.logits)], np.stack(each.logits))
+        for each, answer in zip(answered, answers, strict=True)
+        if each.logits
+    ]
+    if along:
+        judged["logits of answers to pictures and sound, against transformers"] = np.concatenate(along)
     limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[kind])
-    for sequence, divergence in steps.items():
-        title = _title("logits, against transformers", sequence)
-        metrics = {"kl": float(divergence.mean()), "steps": len(divergence)}
+    for title, steps in judged.items():
+        metrics = {"kl": float(steps.mean()), "steps": len(steps)}
         state.results.append(_row(DECODER, "L5", title, metrics, {"kl": limit}, metrics["kl"] <= limit))
 
 
