@@ -140,7 +140,7 @@ def test_it_answers_as_on_x86(
         bundle = built(tmp_path_factory, model, target, scheme, "L4" if scheme == "int4-b32" else "L1")
         asked = [open_bundle(bundle).tokenizer().encode(text) for text in TEXTS]
         asked += [ids[: (len(ids) + 1) // 2] for ids in asked]
-    check = ["--verify", "--check"] if open_bundle(bundle).manifest.golden.gates is not None else []
+    check = ["--verify", "--check"] if open_bundle(bundle).manifest.golden.file is not None else []
     same_tokens([*arm[processor], *check], bundle, scheme, asked[:prompts], tokens, tmp_path)
 
 

@@ -131,8 +131,8 @@ Piece Inputs::feed(const std::int32_t* tokens, std::size_t count, const std::vec
 void Inputs::attend(std::size_t count, const std::vector<Features>& features) {
   if (features.empty()) return;
   const std::size_t rows = rowsOf(features);
-  const Signature* signature = bundle_.component(kFusion).signature("step");
-  const TensorSpec* taken = signature == nullptr ? nullptr : named(signature->inputs, fusionInputs_[1].name);
+  const auto& signatures = bundle_.component(kFusion).signatures;  // of other lengths, but of one width
+  const TensorSpec* taken = signatures.empty() ? nullptr : named(signatures.front().inputs, fusionInputs_[1].name);
   if (taken == nullptr || taken->shape.empty()) throw errors::bundleNoVariant(kFusion, fusionInputs_[1].name);
   const auto width = static_cast<std::size_t>(taken->shape.back().max);
   shown_.clear();
