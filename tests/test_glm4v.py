@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from edgeexport import build, errors, families, open_bundle, targets
+from edgeexport import build, errors, families, open_bundle, steps, targets
 from edgeexport.bundle.verify import verify
 from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import Array, Checkpoint, EncoderInput, Verdict
@@ -228,26 +228,38 @@ def test_a_prompt_with_pictures_is_judged_along_the_artifacts_own_answer(works: 
     import torch
 
     work = works("plain")
-    made = build(str(work.folder), str(target_of(work.case, tmp_path)), tmp_path / "out", quant="int8", parity="L5")
-    (row,) = [each for each in made.results if each.output.startswith("logits of answers")]
-    bundle = open_bundle(made.bundle)
-    (case,) = bundle.manifest.golden.shown
-    golden = load_file(made.bundle / case.file)
+    pictures = [Image(drawing(*size)) for size in work.case.screens]
+    golden = load_file(work.bundle / open_bundle(work.bundle).manifest.golden.shown[0].file)
     prompt = golden["tokens"][: int(golden["prefill"][0])].tolist()
-    pictures = [drawing(*size) for size in ((56, 84), (84, 56))]
-    with bundle.session() as session:
-        features = [session.encode_image(Image(each)) for each in pictures]
-        tokens, logits = list(prompt), [session.prefill(prompt, features).copy()]
-        while len(logits) < row.metrics["steps"]:
-            tokens.append(int(logits[-1].argmax()))
-            logits.append(session.decode(tokens[-1]).copy())
-    given = processor(work.folder)(images=pictures, return_tensors="pt")
-    ids = torch.tensor([tokens])
+    answer, _ = answered(work.bundle, prompt, pictures, 3, frozenset())
+    checkpoint = shutil.copytree(work.folder, tmp_path / "model")
+    (checkpoint / "generation_config.json").write_text(json.dumps({"eos_token_id": answer[-1]}))
+
+    made = build(str(checkpoint), str(target_of(work.case, tmp_path)), tmp_path / "out", quant="int8", parity="L5")
+
+    (row,) = [each for each in made.results if each.output.startswith("logits of answers")]
+    answer, logits = answered(made.bundle, prompt, pictures, steps.ANSWER_TOKENS, frozenset(answer[-1:]))
+    assert row.metrics["steps"] == len(answer) < steps.ANSWER_TOKENS
+    given = processor(checkpoint)(images=[each.array for each in pictures], return_tensors="pt")
+    ids = torch.tensor([prompt + answer[:-1]])
     with torch.no_grad():
         wanted = work.model(ids, **given, mm_token_type_ids=(ids == work.token).int()).logits[0, len(prompt) - 1 :]
-    log_p, log_q = torch.log_softmax(wanted, -1), torch.log_softmax(torch.from_numpy(np.stack(logits)), -1)
+    log_p, log_q = torch.log_softmax(wanted, -1), torch.log_softmax(torch.from_numpy(logits), -1)
     divergence = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
     assert row.metrics["kl"] == pytest.approx(float(divergence), rel=1e-3)
+
+
+def answered(
+    bundle: Path, prompt: list[int], pictures: list[Image], most: int, stops: frozenset[int]
+) -> tuple[list[int], Array]:
+    """A session's greedy answer, to its end, and the logits [tokens, V] that it was chosen from."""
+    with open_bundle(bundle).session() as session:
+        logits = [session.prefill(prompt, [session.encode_image(each) for each in pictures]).copy()]
+        answer = [int(logits[0].argmax())]
+        while len(answer) < most and answer[-1] not in stops:
+            logits.append(session.decode(answer[-1]).copy())
+            answer.append(int(logits[-1].argmax()))
+    return answer, np.stack(logits)
 
 
 def test_a_picture_in_front_can_be_kept_and_the_rest_said_again(works: Works) -> None:
