@@ -101,11 +101,7 @@ def compile(
     else:
         files, layout = _graphs(models, plan, target)
     storage.write(work, layout, source, progress)
-    try:
-        for name, data in files.items():
-            (work / name).write_bytes(data)
-    except OSError as problem:
-        raise errors.output_not_writable(work, str(problem)) from problem
+    storage.write_files(work, files)
     return Artifact(
         component=component,
         backend=NAME,
@@ -184,13 +180,9 @@ def write_package(
     template = tokenizer_files.get("chat_template.jinja", b"").decode("utf-8")
     named = json.loads(tokenizer_files.get("tokenizer_config.json", b"{}"))
     eos, bos = (_content(named.get(key)) for key in ("eos_token", "bos_token"))
-    made = work / TOKENIZER
     data = tokenizer_file(tokenizer_files["tokenizer.json"], template, stop_ids, eos, bos)
-    try:
-        made.write_bytes(data)
-    except OSError as problem:
-        raise errors.output_not_writable(work, str(problem)) from problem
-    return made
+    storage.write_files(work, {TOKENIZER: data})
+    return work / TOKENIZER
 
 
 def _content(token: Any) -> str:

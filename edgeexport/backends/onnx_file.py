@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.core import CanonicalModel, Progress, WeightSource
 
@@ -35,8 +34,4 @@ def write(
         common.TopologicalSortPass()(lowered)
         found[name] = ir.serde.serialize_model(lowered).SerializeToString(deterministic=True)
     storage.write(work, layout, source, progress)
-    try:
-        for name, data in found.items():
-            (work / name).write_bytes(data)
-    except OSError as problem:
-        raise errors.output_not_writable(work, str(problem)) from problem
+    storage.write_files(work, found)

@@ -83,6 +83,15 @@ def blocks(width: int, fmt: Format) -> int:
     return width // fmt.block if fmt.block else 1
 
 
+def write_files(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Write whole files by their names. Raises: UsageError `output-not-writable`."""
+    try:
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+
+
 def write(folder: Path, layout: Layout, source: WeightSource, progress: Progress) -> None:
     """Write the file that `layout` describes. Rows are quantised and packed as they pass; nothing is kept.
 
