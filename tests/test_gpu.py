@@ -12,6 +12,7 @@ from factories import with_tokenizer
 from graphs import TOKENS, oracle, reference_logits, write_checkpoint
 
 from edgeexport import build, cli_gpu, families
+from edgeexport.backends.tensorrt_device import Step
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.cli import execute
 from edgeexport.core import Array
@@ -31,20 +32,24 @@ def bundle(checkpoint: Path) -> Path:
 
 
 def row(checkpoint: Path, bundle: Path, device: str, dtype: cli_gpu.Dtype) -> dict[str, float]:
-    opened = open_checkpoint(str(checkpoint))
+    return cli_gpu.compared(dtype, torch_step(checkpoint, "llama", device, dtype), cli_gpu._golden(bundle))
+
+
+def torch_step(checkpoint: Path, family: str, device: str, dtype: cli_gpu.Dtype) -> Step:
+    opened = open_checkpoint(checkpoint)
     with WeightReader() as reader:
-        rows: cli_gpu.Rows = lambda name, start, stop: reader.rows(opened.tensors[name], start, stop)  # noqa: E731
-        step = cli_gpu.torch_step(families.find("llama").oracle(opened.config), rows, device, dtype)
-        return cli_gpu.compared(dtype, step, cli_gpu._golden(bundle))
+
+        def rows(name: str, start: int, stop: int) -> Array:
+            return reader.rows(opened.tensors[name], start, stop)
+
+        return cli_gpu.torch_step(families.find(family).oracle(opened.config), rows, device, dtype)
 
 
 @pytest.mark.parametrize("family", ["llama", "glm4v", "autoglm_phone"])
 def test_what_is_run_on_a_device_is_the_original_model(family: str, tmp_path: Path) -> None:
-    found = open_checkpoint(write_checkpoint(tmp_path / family, families.find(family).tiny))
-    with WeightReader() as reader:
-        rows: cli_gpu.Rows = lambda name, start, stop: reader.rows(found.tensors[name], start, stop)  # noqa: E731
-        step = cli_gpu.torch_step(families.find(family).oracle(found.config), rows, "cpu", "float32")
-    wanted = reference_logits(oracle(found.path), TOKENS[:12])
+    checkpoint = write_checkpoint(tmp_path / family, families.find(family).tiny)
+    step = torch_step(checkpoint, family, "cpu", "float32")
+    wanted = reference_logits(oracle(checkpoint), TOKENS[:12])
     for start, stop in ((0, 7), (7, 11), (11, 12), (4, 9)):
         np.testing.assert_allclose(step(TOKENS[start:stop], start), wanted[stop - 1], atol=1e-4)
 
