@@ -213,7 +213,7 @@ class TensorRtGraph final : public GraphEngine {
     const Value& made = value(output);
     const std::size_t total = tokens(output.name) ? static_cast<std::size_t>(output.shape[1]) : 1;
     const std::size_t most = tokens(output.name) ? sizeOf(made, 1) : 1;
-    const std::size_t row = count(output.shape) / total;
+    const std::size_t row = output.count() / total;
     if (row != made.count() / most) network_.refuse("its " + output.name + " has another shape");
     for (std::size_t start = 0; start < total; start += most) {
       const std::size_t rows = std::min(most, total - start);
@@ -238,18 +238,12 @@ class TensorRtGraph final : public GraphEngine {
     return spec.shape.size() > 1 && spec.shape[1].name == kTokens;
   }
 
-  static std::size_t count(const std::vector<std::int64_t>& shape) {
-    std::size_t total = 1;
-    for (const std::int64_t size : shape) total *= static_cast<std::size_t>(size);
-    return total;
-  }
-
   void give(const TensorView& view, std::size_t start, std::size_t rows) {
     const Value& into = value(view);
     Dims shape{};
     for (const std::int64_t size : view.shape) shape.d[shape.nbDims++] = size;
     std::size_t from = 0;
-    std::size_t all = count(view.shape);
+    std::size_t all = view.count();
     if (tokens(view.name)) {
       const std::size_t row = all / static_cast<std::size_t>(view.shape[1]);
       from = start * row;

@@ -4,12 +4,9 @@
 #include <algorithm>
 #include <cstring>
 #include <string_view>
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
 
 #include "errors.h"
+#include "mapped_file.h"
 #include "named.h"
 
 namespace edgeexport::tensorrt {
@@ -38,32 +35,6 @@ void requireGpu() {
 bool tellsOfMemory(const std::string& said) {
   return said.find("OutOfMemory") != std::string::npos || said.find("out of memory") != std::string::npos;
 }
-
-// A file's bytes. Pages are read when they are needed, and are not the process's own.
-class MappedFile {
- public:
-  explicit MappedFile(const std::string& path) {
-    const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat found {};
-    const bool known = descriptor >= 0 && ::fstat(descriptor, &found) == 0 && found.st_size > 0;
-    if (known) {
-      size_ = static_cast<std::size_t>(found.st_size);
-      data_ = ::mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    }
-    if (descriptor >= 0) ::close(descriptor);
-    if (data_ == MAP_FAILED) throw errors::artifactDoesNotOpen(path, kRuntime, "it cannot be read");
-  }
-  ~MappedFile() { ::munmap(data_, size_); }
-  MappedFile(const MappedFile&) = delete;
-  MappedFile& operator=(const MappedFile&) = delete;
-
-  const void* data() const { return data_; }
-  std::size_t size() const { return size_; }
-
- private:
-  void* data_ = MAP_FAILED;
-  std::size_t size_ = 0;
-};
 
 bool known(const Dims& shape) {
   return shape.nbDims >= 0 && std::all_of(shape.d, shape.d + shape.nbDims, [](auto size) { return size >= 0; });
@@ -125,6 +96,7 @@ Network::Network(const std::string& path, const Signature& signature, const std:
   runtime_.reset(nvinfer1::createInferRuntime(log_));
   if (!runtime_) throw errors::runtimeTooOld(kRuntime, log_.take());
   const MappedFile file(path);
+  if (!file) refuse("it cannot be read");
   engine_.reset(runtime_->deserializeCudaEngine(file.data(), file.size()));
   if (engine_) context_.reset(engine_->createExecutionContext());
   if (!context_) {

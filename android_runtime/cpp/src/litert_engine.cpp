@@ -272,12 +272,6 @@ class LiteRtGraph final : public GraphEngine {
     return canonical.c_str();
   }
 
-  static std::size_t elements(const TensorView& view) {
-    std::size_t total = 1;
-    for (const std::int64_t size : view.shape) total *= static_cast<std::size_t>(size);
-    return total;
-  }
-
   // One call; `start` of `total` tokens are done already (0 of 0 where the component is not over tokens).
   void runPart(Entry& entry, const std::vector<TensorView>& inputs, const TensorView& output, std::size_t start,
                std::size_t total) {
@@ -287,7 +281,7 @@ class LiteRtGraph final : public GraphEngine {
       auto* memory = static_cast<std::uint8_t*>(memory_.at(value->name));
       const auto padded = rows_.find(value->name);
       std::int32_t* rows = padded == rows_.end() ? nullptr : padded->second;
-      const std::size_t all = elements(input);
+      const std::size_t all = input.count();
       std::size_t from = 0;
       std::size_t count = all;
       if (rows != nullptr) {
@@ -310,7 +304,7 @@ class LiteRtGraph final : public GraphEngine {
     }
     entry.call.run();
     const Value* made = entry.signature->output(givenName(output.name));
-    const std::size_t all = elements(output);
+    const std::size_t all = output.count();
     const std::size_t count = total > 0 ? all / total * entry.length : all;
     if (made == nullptr || count * sizeof(float) != made->bytes()) model_.refuse("its output is not " + output.name);
     const auto* values = static_cast<const float*>(memory_.at(made->name));

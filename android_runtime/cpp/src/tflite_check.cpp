@@ -2,14 +2,11 @@
 // Source: tflite/schema.fbs (Model.buffers is field 4; Buffer.offset and Buffer.size, both ulong, are 1 and 2).
 #include "tflite_check.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
+
+#include "mapped_file.h"
 
 namespace edgeexport {
 namespace {
@@ -74,16 +71,8 @@ std::string tfliteDamage(const void* data, std::size_t size) {
 }
 
 std::string tfliteDamage(const std::string& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  struct stat found {};
-  const bool read = descriptor >= 0 && ::fstat(descriptor, &found) == 0 && found.st_size > 0;
-  const auto size = static_cast<std::size_t>(found.st_size);
-  void* block = read ? ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, descriptor, 0) : MAP_FAILED;
-  if (descriptor >= 0) ::close(descriptor);
-  if (block == MAP_FAILED) return "it cannot be read, or is empty";
-  std::string damage = tfliteDamage(block, size);
-  ::munmap(block, size);
-  return damage;
+  const MappedFile file(path);
+  return file ? tfliteDamage(file.data(), file.size()) : "it cannot be read, or is empty";
 }
 
 }  // namespace edgeexport

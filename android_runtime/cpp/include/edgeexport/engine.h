@@ -58,6 +58,13 @@ struct TensorView {
   enum class Type { kFloat32, kInt64 } type = Type::kFloat32;
   std::vector<std::int64_t> shape;
   void* data = nullptr;
+
+  // Of elements.
+  std::size_t count() const {
+    std::size_t total = 1;
+    for (const std::int64_t size : shape) total *= static_cast<std::size_t>(size);
+    return total;
+  }
 };
 
 // One open artifact without state: an encoder, an embedding table.
