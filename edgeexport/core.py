@@ -229,13 +229,28 @@ PALETTE = 16
 """Rows that share a palette, and numbers in it."""
 
 
+Shift = Literal["", "zero", "zero16", "int8", "half"]
+"""How the blocks of an integer format are moved off 0, see `Format.shift`."""
+
+
 @dataclass(frozen=True)
 class Format:
     """How one tensor is stored. `block` counts elements along the last axis that share a scale; 0 means one
-    scale per row (output channel). Integer formats are symmetric with float16 scales, which are above zero in a
-    `positive` one, whose runtime refuses others. In a `palette` one integers of 4 bits are places in a palette of 16
+    scale per row (output channel). Integer formats have float16 scales, which are above zero in a `positive` one, whose
+    runtime refuses others. In a `palette` one integers of 4 bits are places in a palette of 16
     float16 numbers, which 16 rows share: a weight is one of them times its row's scale. In a `float8` one the 8 bits
-    are those of a float8 (e4m3: OCP OFP8, without infinity), which is multiplied by its scale all the same."""
+    are those of a float8 (e4m3: OCP OFP8, without infinity), which is multiplied by its scale all the same.
+
+    `shift` tells what else a block of 4-bit integers has:
+
+        ""        nothing: weight = scale * integer
+        "zero"    a zero point, itself an integer of 4 bits: weight = scale * (integer - zero point)
+        "zero16"  a zero point in float16
+        "int8"    an offset, int8 times a float16 that the row's blocks share: weight = scale * integer + offset
+        "half"    an offset in float16: weight = scale * integer + offset
+
+    An "int8" offset reaches the product through the sums of the input's blocks, so that any runtime with a symmetric
+    multiplication can hold it: x @ W.T = x @ (scale * integer).T + blocksum(x) @ offset.T."""
 
     name: str
     bits: int
@@ -244,16 +259,39 @@ class Format:
     positive: bool = False
     palette: bool = False
     float8: bool = False
+    shift: Shift = ""
 
     def nbytes(self, shape: tuple[int, ...]) -> int:
-        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales and palettes. A row is what
-        the first axis holds."""
+        """Bytes of a tensor of this shape: elements at `bits` each, plus its float16 scales, palettes and offsets. A
+        row is what the first axis holds."""
         elements = int(np.prod(shape, dtype=np.int64)) if shape else 1
         if not self.integer:
             return elements * self.bits // 8
         rows, width = shape[0], elements // shape[0]
-        scales = rows * (-(-width // self.block) if self.block else 2 if self.palette else 1)
-        return rows * (-(-width * self.bits // 8)) + 2 * scales
+        blocks = -(-width // self.block) if self.block else 1
+        scales = 2 * (2 if self.palette else blocks)
+        return rows * (-(-width * self.bits // 8) + scales + self.shift_bytes(blocks))
+
+    def shift_bytes(self, blocks: int) -> int:
+        """Bytes of one row's zero points or offsets, where it has so many blocks."""
+        return {"": 0, "zero": -(-blocks // 2), "int8": blocks + 2}.get(self.shift, 2 * blocks)
+
+
+Provenance = Literal["rounded", "searched", "gptq", "carried"]
+"""Where a weight's integers come from: rounded to a scale that clips nothing; rounded to the scale of least error
+weighted by what its input is like; chosen one after the other (GPTQ); or those of the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Some rows of a weight in an integer format: int8 `integers` [rows, width] and float16 `scales` [rows, blocks], of
+    a format with palettes [rows, 2] (quant/palettes.py). `offsets` [rows, blocks] are int8 zero points where the
+    format's shift is "zero", and float32 where it is another: what is added to `scale * integer`, not rounded yet. One
+    with float16 zero points has no scale of zero."""
+
+    integers: Array
+    scales: Array
+    offsets: Array | None = None
 
 
 TensorClass = Literal["linear", "encoder", "embedding", "lm_head", "convolution", "other"]
@@ -268,6 +306,8 @@ class QuantPlan:
     scheme: str
     classes: Mapping[str, TensorClass]
     formats: Mapping[str, Format]
+    carried: frozenset[str] = frozenset()
+    """Tensors whose integers are the checkpoint's own."""
 
     def ideal_bytes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         """The arithmetic size of all tensors in their formats: the yardstick for artifacts' sizes."""
@@ -279,7 +319,9 @@ class StoredWeight:
     """Where an artifact keeps one weight, so that anyone can read it back: file (relative to the artifact's
     folder), byte offsets of data and scales, format, and the logical [rows, width] shape. `signed` integers lie in
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
-    the file's own format wants them so, widened to float32 (`scale_bits`). `order` is that of the axes in the file,
+    the file's own format wants them so, widened to float32 (`scale_bits`). Zero points or offsets, where the format has
+    them, lie at `shift_offset`, zero points two a byte and offset by 8 where the values are; the float16 scales of int8
+    offsets at `shift_scales_offset`. `order` is that of the axes in the file,
     where it is not the shape's: where that begins with the first axis, a row stays a row. `high_first`: of two int4
     values in a byte, the first is in the high bits. The float16 palettes of a format that has them lie at
     `palettes_offset`."""
@@ -294,6 +336,8 @@ class StoredWeight:
     order: tuple[int, ...] = ()
     high_first: bool = False
     palettes_offset: int = -1
+    shift_offset: int = -1
+    shift_scales_offset: int = -1
 
 
 @dataclass(frozen=True)
@@ -391,9 +435,8 @@ class WeightSource(Protocol):
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows as they go into a float artifact: float32 or float16 by the tensor's format."""
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """int8 values [rows, width] and float16 scales [rows, blocks] of an integer format. Of one with palettes, from
-        a whole group of 16 rows to another; the numbers are [rows, 2] there, see quant/palettes.py."""
+    def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
+        """Rows of an integer format. Of one with palettes, from a whole group of 16 rows to another."""
 
     def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
         """Inputs like those to come, by name, for one variant of the component: what activations are calibrated by.
@@ -414,6 +457,10 @@ class Traits:
     """Presets that it takes beside those of every backend."""
     positive_scales: bool = False
     """Its runtime refuses a scale that is zero or below."""
+    shifts: tuple[Shift, ...] = ()
+    """What its 4-bit blocks may have beside a scale, the one to prefer first."""
+    int8_blocks: bool = False
+    """Its runtime multiplies by 8-bit integers with a scale per block, too."""
     splits: bool = False
     """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
     widens: int = 0

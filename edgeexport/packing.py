@@ -44,6 +44,25 @@ def unpack_int8(packed: UInt8) -> Int8:
     return np.bitwise_xor(packed, np.uint8(128)).view(np.int8)
 
 
+def round_offsets(offsets: Float32) -> tuple[Int8, npt.NDArray[np.float16]]:
+    """Float32 offsets [R, blocks] as int8 of the same shape and one float16 scale for each row [R]: the row's largest
+    magnitude / 127. Raises ValueError for what is not finite, and where a scale does not fit float16."""
+    peaks = np.abs(offsets).max(axis=1, initial=0.0)
+    if not peaks.max(initial=0.0) <= 127 * 65504.0:
+        raise ValueError("offsets beyond float16")
+    scales = (peaks / np.float32(127)).astype(np.float16)
+    wide = scales.astype(np.float32)[:, None]
+    units = np.divide(offsets, wide, out=np.zeros_like(offsets, np.float32), where=wide != 0)
+    return np.clip(np.rint(units), -127, 127).astype(np.int8), scales
+
+
+def zero_points(offsets: Float32, scales: npt.NDArray[np.float16]) -> npt.NDArray[np.float16]:
+    """The float16 zero points that stand for these offsets: scale * (integer - zero point) = scale * integer + offset.
+    No scale may be zero."""
+    with np.errstate(over="raise", divide="raise"):
+        return (-offsets / scales.astype(np.float32)).astype(np.float16)
+
+
 def to_float8(values: Float32) -> Int8:
     """The bits of the float8 e4m3 nearest to each number, ties to even; none may be beyond 448, the largest."""
     import ml_dtypes

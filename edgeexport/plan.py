@@ -68,7 +68,9 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         for name, ref in opened.tensors.items()
         if name not in unused
     }
-    quantised = schemes.plan_from_names(shapes, scheme.name, geometry.tied)
+    encodings = {name: opened.tensors[name].encoding for name in shapes}
+    traits = backends.load(aim.backend).TRAITS
+    quantised = schemes.plan_from_names(shapes, scheme.name, geometry.tied, traits, encodings)
     slots = problems.attempt(lambda: context_for(context, aim, geometry)) or geometry.max_context
     parts = problems.attempt(lambda: family.components(opened, slots, aim.shapes)) or []
     if refused := refused_ops(aim.backend, family.model_type, family.ops):

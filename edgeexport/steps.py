@@ -132,8 +132,10 @@ def plan_weights(job: Job, models: Sequence[CanonicalModel]) -> QuantPlan:
 
     weights = models[0].weights
     shapes = {name: ref.shape for name, ref in weights.items()}
-    positive = backends.load(job.target.backend).TRAITS.positive_scales
-    return quant.plan(shapes, classes(models[0].graph, weights, models[0].component), job.scheme, positive=positive)
+    traits = backends.load(job.target.backend).TRAITS
+    encodings = {name: ref.encoding for name, ref in weights.items()}
+    kinds = classes(models[0].graph, weights, models[0].component)
+    return quant.plan(shapes, kinds, job.scheme, traits, encodings)
 
 
 def check(job: Job, parts: Sequence[Built]) -> None:

@@ -20,7 +20,7 @@ from edgeexport.backends import coreml_mil as mil
 from edgeexport.backends import coreml_package, storage
 from edgeexport.backends.coreml_interpreter import Interpreter
 from edgeexport.backends.coreml_package import BlobLayout, Package, record_of
-from edgeexport.core import Array
+from edgeexport.core import Array, Codes
 from edgeexport.quant import FORMATS
 
 pytest.importorskip("coremltools")
@@ -72,10 +72,10 @@ def test_blobs_of_coremltools_are_read_as_they_were_written(element: mil.Element
 class Rows:
     """A `WeightSource` of the same random integers whenever it is asked."""
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
+    def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
         values = np.random.default_rng(5).integers(-8, 8, (40, 64)).astype(np.int8)
         scales = np.random.default_rng(6).uniform(0, 1, (40, 2)).astype(np.float16)
-        return values[start:stop], scales[start:stop]
+        return Codes(values[start:stop], scales[start:stop])
 
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         return np.random.default_rng(7).standard_normal((40, 64)).astype(np.float16)[start:stop]
@@ -98,7 +98,8 @@ def test_what_we_write_is_what_coremltools_reads(name: str, tmp_path: Path) -> N
         found = reader.read_fp16_data(at).view(np.float16).reshape(40, 64)
         np.testing.assert_array_equal(found, Rows().float_rows("w", 0, 40))
     else:
-        values, scales = Rows().quantized_rows("w", 0, 40)
+        codes = Rows().quantized_rows("w", 0, 40)
+        values, scales = codes.integers, codes.scales
         read = reader.read_int4_data if name == "int4-b32" else reader.read_int8_data
         np.testing.assert_array_equal(np.array(read(at)).reshape(40, 64), values)
         kept = reader.read_fp16_data(record_of(held.scales_offset)).view(np.float16)

@@ -14,7 +14,7 @@ from hypothesis.extra.numpy import arrays
 
 from edgeexport import errors
 from edgeexport.backends import storage
-from edgeexport.core import Array, no_progress
+from edgeexport.core import Array, Codes, no_progress
 from edgeexport.quant import plan
 from edgeexport.quant.schemes import FLOAT8_CHANNEL
 from edgeexport.quant.weights import CHUNK, dequantize_rows, quantize_rows
@@ -66,7 +66,7 @@ def test_a_file_gives_back_what_was_written(signed: bool, tmp_path: Path) -> Non
             raise AssertionError("no tensor is float")
 
         def quantized_rows(self, name: str, start: int, stop: int) -> Any:
-            return quantize_rows(rows[start:stop], FLOAT8_CHANNEL)
+            return Codes(*quantize_rows(rows[start:stop], FLOAT8_CHANNEL))
 
     layout = storage.Layout("weights.bin", signed=signed)
     layout.add(["w"], [rows.shape], FLOAT8_CHANNEL)

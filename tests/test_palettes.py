@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 
 from edgeexport import errors
 from edgeexport.backends import storage
-from edgeexport.core import PALETTE, Array, no_progress
+from edgeexport.core import PALETTE, Array, Codes, no_progress
 from edgeexport.quant import plan
 from edgeexport.quant.palettes import BINS, depalettize, palettize
 from edgeexport.quant.schemes import PALETTE4
@@ -106,7 +106,7 @@ def test_a_file_gives_back_what_was_written(tmp_path: Path, monkeypatch: pytest.
 
         def quantized_rows(self, name: str, start: int, stop: int) -> Any:
             assert start % PALETTE == stop % PALETTE == 0
-            return quantize_rows(rows[start:stop], PALETTE4)
+            return Codes(*quantize_rows(rows[start:stop], PALETTE4))
 
     layout = storage.Layout("weights.bin", signed=True)
     layout.add(["w"], [rows.shape], PALETTE4)

@@ -28,7 +28,8 @@ from edgeexport.quant.weights import (
     quantize_rows,
 )
 
-INTEGER = [fmt for fmt in FORMATS.values() if fmt.integer]
+INTEGER = [fmt for fmt in FORMATS.values() if fmt.integer and not fmt.shift]
+SHIFTED = [fmt for fmt in FORMATS.values() if fmt.shift]
 
 
 def normal(*shape: int, seed: int = 0) -> np.ndarray:
@@ -296,7 +297,7 @@ def test_stats_merge_over_rows_and_equal_the_definition() -> None:
     for start in range(0, 50, 7):
         total = total.merge(compare_rows(reference[start : start + 7], stored[start : start + 7]))
     assert total.elements == reference.size
-    assert total.snr_db == pytest.approx(snr_db(reference, stored), rel=1e-9)
+    assert total.snr_db == pytest.approx(snr_db(reference, stored), abs=1e-5)  # what compare_rows promises
     assert total.max_abs_error == pytest.approx(np.abs(reference - stored).max(), rel=1e-6)
     assert total.zero_share == np.mean(stored == 0) and total.nonfinite == 0
     assert total.added_zero_share == total.zero_share

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.backends.storage import ALIGNMENT, Layout, read_rows, write
-from edgeexport.core import Array, Format, no_progress
+from edgeexport.core import Array, Codes, Format, no_progress
 from edgeexport.quant import FORMATS
 
 FLOATS = [fmt for fmt in FORMATS.values() if not fmt.integer]
@@ -27,6 +27,7 @@ class Arrays:
         self.meaning: dict[str, Array] = {}
         self._values: dict[str, Array] = {}
         self._scales: dict[str, Array] = {}
+        self._offsets: dict[str, Array] = {}
         rng = np.random.default_rng(seed)
         for name, (shape, fmt) in shapes.items():
             if not fmt.integer:
@@ -39,6 +40,26 @@ class Arrays:
             scales = rng.uniform(0.001, 3, (rows, width // (fmt.block or width))).astype(np.float16)
             self._values[name], self._scales[name] = values, scales
             self.meaning[name] = values * np.repeat(scales.astype(np.float32), fmt.block or width, axis=1)
+            if fmt.shift:
+                self._offsets[name], moved = self.shift(fmt, scales, rng)
+                self.meaning[name] = self.meaning[name] + np.repeat(moved, fmt.block, axis=1)
+
+    @staticmethod
+    def shift(fmt: Format, scales: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+        """Offsets as a source gives them, and what is added to a block."""
+        wide = scales.astype(np.float32)
+        zeros = rng.integers(-8, 8, scales.shape).astype(np.int8)
+        if fmt.shift == "zero":
+            return zeros, -zeros.astype(np.float32) * wide
+        if fmt.shift == "zero16":  # whole zero points, which float16 holds
+            return -zeros.astype(np.float32) * wide, -zeros.astype(np.float32) * wide
+        if fmt.shift == "half":
+            offsets = rng.standard_normal(scales.shape).astype(np.float16).astype(np.float32)
+            return offsets, offsets
+        shared = rng.uniform(0.01, 1, (len(scales), 1)).astype(np.float16).astype(np.float32)
+        integers = rng.integers(-127, 128, scales.shape).astype(np.float32)
+        integers[:, 0] = 127  # the largest, by which the row's scale is found again
+        return integers * shared, integers * shared
 
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         rows: Array = (
@@ -48,8 +69,10 @@ class Arrays:
         )
         return rows
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        return self._values[name][start:stop], self._scales[name][start:stop]
+    def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
+        offsets = self._offsets.get(name)
+        part = offsets[start:stop] if offsets is not None else None
+        return Codes(self._values[name][start:stop], self._scales[name][start:stop], part)
 
 
 @st.composite

@@ -184,7 +184,7 @@ class StaticLowering(Lowering):
         shape, file = self.model.weights[name].shape, self.graph.file
         held = file.weight(name, shape, self.plan.formats[name], order, turned=factor < 0)
         found = [
-            self.source.quantized_rows(name, start, min(start + ROWS, shape[0]))[1]
+            self.source.quantized_rows(name, start, min(start + ROWS, shape[0])).scales
             for start in range(0, shape[0], ROWS)
         ]
         scales = np.concatenate(found)[:, 0].astype(np.float32) * np.abs(factor)

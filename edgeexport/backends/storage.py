@@ -11,8 +11,17 @@ from pathlib import Path
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import PALETTE, Array, Format, Progress, StoredWeight, WeightSource
-from edgeexport.packing import from_float8, pack_int4, pack_int8, swap_nibbles, unpack_int4, unpack_int8
+from edgeexport.core import PALETTE, Array, Codes, Format, Progress, StoredWeight, WeightSource
+from edgeexport.packing import (
+    from_float8,
+    pack_int4,
+    pack_int8,
+    round_offsets,
+    swap_nibbles,
+    unpack_int4,
+    unpack_int8,
+    zero_points,
+)
 
 ALIGNMENT = 64
 """Bytes: a cache line, and what SIMD loads of the runtimes want."""
@@ -48,16 +57,25 @@ class Layout:
         data = self._reserve(sum(n * row_bytes(w, fmt) for n, w in zip(counts, widths, strict=True)))
         scales = self._reserve(sum(2 * n * blocks(w, fmt) for n, w in zip(counts, widths, strict=True)))
         palettes = self._reserve(2 * sum(counts)) if fmt.palette else -1
+        shift, shift_scales = self._reserve_shift(sum(counts), widths[0], fmt)
         at, at_scales, at_palettes = data, scales, palettes
         for name, shape, count, width in zip(names, shapes, counts, widths, strict=True):
             self.weights[name] = StoredWeight(
                 self.file, at, at_scales if fmt.integer else -1, fmt, shape,
                 signed=self.signed and not fmt.palette, palettes_offset=at_palettes,
+                shift_offset=shift, shift_scales_offset=shift_scales,
             )  # fmt: skip
             at_palettes += 2 * count if fmt.palette else 0
+            shift += count * row_shift_bytes(width, fmt)
+            shift_scales += 2 * count if fmt.shift == "int8" else 0
             at += count * row_bytes(width, fmt)
             at_scales += 2 * count * blocks(width, fmt)
         return data, scales if fmt.integer else -1
+
+    def _reserve_shift(self, rows: int, width: int, fmt: Format) -> tuple[int, int]:
+        """Room for zero points or offsets, and for the scales of int8 offsets: their places, -1 for none."""
+        shift = self._reserve(rows * row_shift_bytes(width, fmt)) if fmt.shift else -1
+        return shift, self._reserve(2 * rows) if fmt.shift == "int8" else -1
 
     def add_constant(self, name: str, array: Array) -> int:
         """Reserve room for a small array that is known already; returns its offset."""
@@ -74,6 +92,11 @@ class Layout:
 def row_bytes(width: int, fmt: Format) -> int:
     """Bytes of one row of `width` elements, scales apart."""
     return -(-width * fmt.bits // 8)
+
+
+def row_shift_bytes(width: int, fmt: Format) -> int:
+    """Bytes of one row's zero points or offsets, the scale of int8 offsets apart."""
+    return fmt.shift_bytes(blocks(width, fmt)) - (2 if fmt.shift == "int8" else 0)
 
 
 def blocks(width: int, fmt: Format) -> int:
@@ -147,8 +170,26 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     if fmt.palette:
         values = _coloured(path, weight, values, start)
     scaled = values.reshape(count, per_row, -1)
-    np.multiply(scaled, scales.reshape(count, per_row, 1).astype(np.float32), out=scaled)
+    wide = scales.reshape(count, per_row).astype(np.float32)
+    np.multiply(scaled, wide[:, :, None], out=scaled)
+    if fmt.shift:
+        scaled += _offsets(path, weight, start, wide)[:, :, None]
     return scaled.reshape(count, width)
+
+
+def _offsets(path: Path, weight: StoredWeight, start: int, scales: Array) -> Array:
+    """What is added to each block of rows from `start` on, whose scales are float32 [rows, blocks]: of that shape."""
+    (count, per_row), fmt, size = scales.shape, weight.format, row_shift_bytes(_matrix(weight.shape)[1], weight.format)
+    raw = _read(path, weight.shift_offset + start * size, count * size)
+    if fmt.shift == "half":
+        return raw.view(np.float16).reshape(count, per_row).astype(np.float32)
+    if fmt.shift == "zero16":
+        return -raw.view(np.float16).reshape(count, per_row).astype(np.float32) * scales
+    if fmt.shift == "int8":
+        shared = _read(path, weight.shift_scales_offset + 2 * start, 2 * count).view(np.float16)
+        return raw.view(np.int8).reshape(count, per_row).astype(np.float32) * shared.astype(np.float32)[:, None]
+    zeros = unpack_int4(raw.reshape(count, size), 0 if weight.signed else 8)[:, :per_row]
+    return -zeros.astype(np.float32) * scales
 
 
 def _scattered(weight: StoredWeight) -> bool:
@@ -201,7 +242,10 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
     weight = layout.weights[job.name]
     fmt, (_, width) = weight.format, _matrix(weight.shape)
     if fmt.integer:
-        values, scales = source.quantized_rows(job.name, job.start, job.stop)
+        codes = source.quantized_rows(job.name, job.start, job.stop)
+        values, scales = codes.integers, codes.scales
+        if fmt.shift:
+            _write_shift(job, weight, codes, descriptor)
         if fmt.palette:
             scales, palettes = scales.T
             _write_all(descriptor, palettes, weight.palettes_offset + 2 * job.start)
@@ -221,6 +265,24 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
             data = data.reshape(-1, *weight.shape[1:]).transpose(weight.order)
     _write_all(descriptor, data, weight.offset + job.start * row_bytes(width, fmt))
     return job.elements
+
+
+def _write_shift(job: _Block, weight: StoredWeight, codes: Codes, descriptor: int) -> None:
+    """Zero points, two a byte, or offsets of a block's rows."""
+    fmt, offsets = weight.format, codes.offsets
+    assert offsets is not None, "a shifted format"
+    data: Array
+    if fmt.shift == "zero":
+        even = np.pad(offsets, ((0, 0), (0, offsets.shape[1] % 2)))
+        data = pack_int4(even, 0 if weight.signed else 8)
+    elif fmt.shift == "half":
+        data = offsets.astype(np.float16)
+    elif fmt.shift == "zero16":
+        data = zero_points(offsets, codes.scales)
+    else:
+        data, scales = round_offsets(offsets)
+        _write_all(descriptor, scales, weight.shift_scales_offset + 2 * job.start)
+    _write_all(descriptor, data, weight.shift_offset + job.start * row_shift_bytes(_matrix(weight.shape)[1], fmt))
 
 
 def _pack(values: Array, weight: StoredWeight) -> Array:

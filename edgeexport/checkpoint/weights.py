@@ -85,6 +85,16 @@ class WeightReader:
         _in_checkpoint_order(ref, start, stop, out, self._fetch)
         return out
 
+    def blocks(self, ref: TensorRef, start: int, stop: int) -> Array:
+        """The same rows of a matrix in a ggml block encoding as stored: uint8 [stop - start, bytes of a row].
+
+        Raises `unsupported-encoding` for others."""
+        _check_range(ref, start, stop)
+        _, block, block_bytes = _block_type(ref)
+        out = np.empty((stop - start, _row_elements(ref) // block * block_bytes), np.uint8)
+        _in_checkpoint_order(ref, start, stop, out, self._fetch)
+        return out
+
     def _descriptor(self, path: Path) -> int:
         with self._lock:
             if self._closed:
@@ -187,7 +197,7 @@ def _in_checkpoint_order(ref: TensorRef, start: int, stop: int, out: Array, fetc
         run = min(stop, (row // half + 1) * half) - row
         head, second, first = row // (2 * half), row // half % 2, row % half
         source = head * 2 * half + 2 * first
-        both = np.empty((2 * run, *ref.shape[1:]), out.dtype)
+        both = np.empty((2 * run, *out.shape[1:]), out.dtype)
         fetch(ref, source, source + 2 * run, both)
         out[row - start : row - start + run] = both[second::2]
         row += run

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass
-from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, Scheme, find
+from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass, Traits
+from edgeexport.quant.repack import ENCODINGS
+from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, SUFFIXES, Scheme, find
+
+PLAIN = Traits()
 
 
 def resolve(fmt: Format, width: int) -> Format:
@@ -40,16 +43,56 @@ def plan(
     shapes: Mapping[str, tuple[int, ...]],
     classes: Mapping[str, TensorClass],
     scheme: str | Scheme,
-    *,
-    positive: bool = False,
+    traits: Traits = PLAIN,
+    encodings: Mapping[str, str] | None = None,
 ) -> QuantPlan:
-    """The plan for tensors of these shapes and classes (same keys), with `positive` scales where the runtime wants
-    them. Raises `unknown-scheme`."""
+    """The plan for tensors of these shapes and classes (same keys), as far as a runtime with these `traits` takes it.
+    A multiplication whose integers the checkpoint holds already, as `encodings` by name tell, keeps them where a format
+    can hold them. Raises `unknown-scheme`."""
     preset = find(scheme) if isinstance(scheme, str) else scheme
-    formats = {name: _format_of(preset.formats[classes[name]], classes[name], shape) for name, shape in shapes.items()}
-    if positive:
+    formats: dict[str, Format] = {}
+    carried = set()
+    for name, shape in shapes.items():
+        kind = classes[name]
+        wanted = preset.value if preset.value is not None and kind == "linear" and is_value(name) else None
+        formats[name] = fmt = _format_of(wanted or preset.formats[kind], kind, shape)
+        own = _own_lattice(preset, kind, (encodings or {}).get(name), traits)
+        if own is not None:
+            carried.add(name)
+            formats[name] = own
+        elif fmt.bits == 4 and fmt.block and not fmt.shift and "zero" in traits.shifts and kind in ZERO_POINTS:
+            formats[name] = FORMATS[f"{fmt.name}-{SUFFIXES['zero']}"]
+    if traits.positive_scales:
         formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in formats.items()}
-    return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats)
+    return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats, frozenset(carried))
+
+
+ZERO_POINTS = frozenset({"linear"})
+"""Classes whose 4-bit blocks get a zero point where the runtime takes it for free."""
+
+
+def _own_lattice(preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits) -> Format | None:
+    """The format that carries a multiplication's integers over from this encoding; None where there is none, or where
+    the scheme asks for fewer bits than they have or for other blocks."""
+    held = ENCODINGS.get(encoding or "")
+    asked = preset.linear
+    if held is None or kind != "linear" or not asked.integer or asked.palette or asked.float8:
+        return None
+    if held.bits == 8:
+        fits = (asked.bits == 8 or encoding != "Q8_0") and traits.int8_blocks
+        return FORMATS[f"int8-b{held.block}"] if fits else None
+    if asked.bits != 4 or asked.block != held.block:
+        return None
+    if not held.shifted and not traits.positive_scales:
+        return FORMATS[f"int4-b{held.block}"]
+    shift = next((shift for shift in traits.shifts if shift != "zero"), None)
+    return FORMATS[f"int4-b{held.block}-{SUFFIXES[shift]}"] if shift is not None else None
+
+
+def is_value(name: str) -> bool:
+    """Whether a matrix makes attention's values: most of what 4 bits cost is lost there, on a twentieth of the
+    weights."""
+    return "v_proj" in name.split(".")
 
 
 ENCODERS = frozenset({"visual", "vision", "audio", "align", "fusion"})
@@ -70,11 +113,17 @@ def classify(name: str, shape: tuple[int, ...]) -> TensorClass:
     return "lm_head" if stem.rpartition(".")[2] == "lm_head" else "linear"
 
 
-def plan_from_names(shapes: Mapping[str, tuple[int, ...]], scheme: str, tied: bool) -> QuantPlan:
+def plan_from_names(
+    shapes: Mapping[str, tuple[int, ...]],
+    scheme: str,
+    tied: bool,
+    traits: Traits = PLAIN,
+    encodings: Mapping[str, str] | None = None,
+) -> QuantPlan:
     """The plan as far as names and headers tell it, before anything is traced. Raises `unknown-scheme`.
 
     Where `tied`, a copy of the embedding that the checkpoint stores as lm_head is left out: it is not stored again.
     """
     classes = {name: classify(name, shape) for name, shape in shapes.items()}
     kept = {name for name, kind in classes.items() if not (tied and kind == "lm_head")}
-    return plan({name: shape for name, shape in shapes.items() if name in kept}, classes, scheme)
+    return plan({name: shape for name, shape in shapes.items() if name in kept}, classes, scheme, traits, encodings)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from edgeexport import errors
-from edgeexport.core import Format, TensorClass
+from edgeexport.core import Format, Shift, TensorClass
 
 FP32 = Format("fp32", 32, integer=False)
 FP16 = Format("fp16", 16, integer=False)
@@ -19,6 +19,9 @@ FLOAT8_CHANNEL = Format("float8-channel", 8, integer=True, float8=True)
 BLOCKS = (16, 32, 64, 128)
 """Elements that may share a scale. Powers of two from 16: what ONNX Runtime's MatMulNBits takes."""
 
+SUFFIXES: Mapping[Shift, str] = {"zero": "zp", "zero16": "zp16", "int8": "o8", "half": "o16"}
+"""What the names of shifted formats end in."""
+
 FORMATS: Mapping[str, Format] = {
     fmt.name: fmt
     for fmt in (
@@ -27,6 +30,11 @@ FORMATS: Mapping[str, Format] = {
         INT8_CHANNEL,
         INT4_CHANNEL,
         *(Format(f"int{bits}-b{block}", bits, integer=True, block=block) for bits in (8, 4) for block in BLOCKS),
+        *(
+            Format(f"int4-b{block}-{SUFFIXES[shift]}", 4, integer=True, block=block, shift=shift)
+            for shift in SUFFIXES
+            for block in BLOCKS
+        ),
     )
 }
 
@@ -43,6 +51,8 @@ class Scheme:
     encoder: Format
     convolution: Format = FP16
     other: Format = FP32  # norms, biases: a thousandth of the bytes, and the values everything else passes through
+    value: Format | None = None
+    """That of attention's v_proj, where it is not the other multiplications'."""
 
     @property
     def formats(self) -> Mapping[TensorClass, Format]:

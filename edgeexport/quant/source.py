@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from edgeexport.checkpoint.weights import WeightReader
-from edgeexport.core import PALETTE, Array, QuantPlan, TensorRef
+from edgeexport.core import PALETTE, Array, Codes, QuantPlan, TensorRef
+from edgeexport.quant import repack
+from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.stats import WeightStats, compare_rows
-from edgeexport.quant.weights import Scratch, cast_rows, dequantize_rows, quantize_rows
+from edgeexport.quant.weights import Scratch, cast_rows, dequantize_codes, encode_rows
 
 Samples = Callable[[str], Iterable[Mapping[str, Array]]]
 """A variant's inputs to calibrate by."""
@@ -30,15 +32,17 @@ class PlannedWeights:
         weights: Mapping[str, TensorRef],
         plan: QuantPlan,
         samples: Samples = no_samples,
+        codes: CodeStore | None = None,
     ) -> None:
         self._reader = reader
         self._weights = weights
         self._plan = plan
         self._samples = samples
+        self._codes = codes
         self._local = threading.local()
 
     def __reduce__(self) -> tuple[type[PlannedWeights], tuple[Any, ...]]:
-        return PlannedWeights, (self._reader, self._weights, self._plan, self._samples)
+        return PlannedWeights, (self._reader, self._weights, self._plan, self._samples, self._codes)
 
     def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
         """What the user gave to calibrate this variant by."""
@@ -49,21 +53,25 @@ class PlannedWeights:
         rows = self._reader.rows(self._weights[name], start, stop)
         return cast_rows(rows, self._plan.formats[name], name=name, first_row=start)
 
-    def quantized_rows(self, name: str, start: int, stop: int) -> tuple[Array, Array]:
-        """int8 values and float16 scales of rows of an integer format, those of a convolution [rows, elements of one].
-        Raises as `float_rows`."""
-        rows = self._reader.rows(self._weights[name], start, stop)
-        rows = rows.reshape(stop - start, -1)
-        return quantize_rows(rows, self._plan.formats[name], name=name, first_row=start, scratch=self._scratch())
+    def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
+        """Rows of an integer format, those of a convolution [rows, elements of one]: the checkpoint's own integers
+        where the plan carries them, those of `codes` where it has the weight, else rounded. Raises as `float_rows`."""
+        ref, fmt = self._weights[name], self._plan.formats[name]
+        if name in self._plan.carried:
+            return repack.carried_rows(self._reader, ref, fmt, start, stop)
+        if self._codes is not None and name in self._codes:
+            return self._codes.rows(name, start, stop)
+        rows = self._reader.rows(ref, start, stop).reshape(stop - start, -1)
+        return encode_rows(rows, fmt, name=name, first_row=start, scratch=self._scratch())
 
     def stored_rows(self, name: str, start: int, stop: int) -> Array:
         """float32 rows as an artifact holds them: after rounding to the format and back."""
         fmt = self._plan.formats[name]
         if fmt.palette:
             first, last = start // PALETTE * PALETTE, -(-stop // PALETTE) * PALETTE
-            return dequantize_rows(*self.quantized_rows(name, first, last), fmt)[start - first : stop - first]
+            return dequantize_codes(self.quantized_rows(name, first, last), fmt)[start - first : stop - first]
         if fmt.integer:
-            rows = dequantize_rows(*self.quantized_rows(name, start, stop), fmt)
+            rows = dequantize_codes(self.quantized_rows(name, start, stop), fmt)
             return rows.reshape(-1, *self._weights[name].shape[1:])
         return self.float_rows(name, start, stop).astype("float32", copy=False)
 

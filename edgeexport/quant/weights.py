@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
-from edgeexport.core import Format
-from edgeexport.packing import from_float8, to_float8
+from edgeexport.core import Codes, Format
+from edgeexport.packing import from_float8, round_offsets, to_float8, zero_points
 from edgeexport.quant.palettes import depalettize, palettize
 
 Float32 = npt.NDArray[np.float32]
@@ -101,6 +101,36 @@ def quantize_rows(
     return values, scales
 
 
+def encode_rows(
+    rows: Float32, fmt: Format, *, name: str = "weight", first_row: int = 0, scratch: Scratch | None = None
+) -> Codes:
+    """As `quantize_rows`, of a format with or without a shift: one that has zero points or offsets takes the least
+    scale that clips nothing, from a block's lowest number (zero points: or 0) to its highest."""
+    if not fmt.shift:
+        return Codes(*quantize_rows(rows, fmt, name=name, first_row=first_row, scratch=scratch))
+    blocks = np.ascontiguousarray(rows, np.float32).reshape(len(rows), -1, fmt.block)
+    lowest, highest = blocks.min(axis=-1), blocks.max(axis=-1)
+    if not (np.isfinite(lowest).all() and np.isfinite(highest).all()):
+        raise _nonfinite(rows, name, first_row)
+    if fmt.shift == "zero":
+        lowest, highest = np.minimum(lowest, 0), np.maximum(highest, 0)
+    exact = (highest - lowest) / np.float32(15)
+    beyond = np.maximum(np.abs(lowest), np.abs(highest)).max(initial=0.0)
+    if beyond > _FLOAT16_MAX:
+        row = int(np.argmax(np.maximum(np.abs(lowest), np.abs(highest)).max(axis=1)))
+        raise errors.weight_too_large(name, first_row + row, float(beyond), fmt.name)
+    scales = np.maximum(exact.astype(np.float16), _LEAST_SCALE)
+    wide = scales.astype(np.float32)
+    if fmt.shift == "zero":
+        offsets = np.clip(np.rint(-8 - lowest / wide), -8, 7).astype(np.int8)
+        moved = blocks + (offsets.astype(np.float32) * wide)[:, :, None]
+    else:
+        offsets = lowest + 8 * wide
+        moved = blocks - stored_offsets(Codes(blocks, scales, offsets), fmt)[:, :, None]
+    integers = np.clip(np.rint(moved / wide[:, :, None]), -8, 7).astype(np.int8)
+    return Codes(integers.reshape(rows.shape), scales, offsets)
+
+
 def _extremes(chunk: Float32, block: int) -> tuple[Float32, Float32]:
     """The lowest and the highest number of each block, but that of numbers all of one sign both are of that sign: then
     the wrong one of the two is any of them. One is NaN or infinity where the block holds one.
@@ -137,8 +167,32 @@ def _round(chunk: Float32, scales: Float16, fmt: Format, work: Float32, out: Int
     np.clip(out, np.int8(-8), np.int8(7), out=out)
 
 
+def dequantize_codes(codes: Codes, fmt: Format) -> Float32:
+    """The float32 [R, K] that codes stand for once they are stored in `fmt`."""
+    rows = dequantize_rows(codes.integers, codes.scales, fmt)
+    if not fmt.shift:
+        return rows
+    assert codes.offsets is not None, "a shifted format"
+    blocks = rows.reshape(len(rows), codes.offsets.shape[1], -1)
+    blocks += stored_offsets(codes, fmt)[:, :, None]
+    return rows
+
+
+def stored_offsets(codes: Codes, fmt: Format) -> Float32:
+    """What is added to each block of `scale * integer` once it is stored: float32 [R, blocks]."""
+    assert codes.offsets is not None, "a shifted format"
+    if fmt.shift == "zero":
+        return -codes.offsets.astype(np.float32) * codes.scales.astype(np.float32)
+    if fmt.shift == "half":
+        return codes.offsets.astype(np.float16).astype(np.float32)
+    if fmt.shift == "zero16":
+        return -zero_points(codes.offsets, codes.scales).astype(np.float32) * codes.scales.astype(np.float32)
+    integers, scales = round_offsets(codes.offsets)
+    return integers.astype(np.float32) * scales.astype(np.float32)[:, None]
+
+
 def dequantize_rows(values: Int8, scales: Float16, fmt: Format) -> Float32:
-    """The float32 [R, K] that values int8 [R, K] with scales float16 [R, blocks] stand for."""
+    """The float32 [R, K] that values int8 [R, K] with scales float16 [R, blocks] stand for, offsets apart."""
     count, width = values.shape
     if fmt.palette:
         return depalettize(values, scales)

@@ -1,0 +1,157 @@
+"""Codes on disk: the integers, scales and offsets that a search chose for each weight, one file a weight.
+
+A file holds rows of 4-bit integers (two a byte) or 8-bit ones, then the float16 scales of all rows, then, where the
+format is shifted, the offsets: int8 zero points, else float32. Nothing else: what it means is in `index.json`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeexport import errors
+from edgeexport.core import Array, Codes, Format, Provenance
+from edgeexport.packing import pack_int4, unpack_int4
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One weight: its file, format, shape [rows, width], where its codes come from, sha256 of the file, and the error
+    that they make, sum((x @ (W - W').T) ** 2) over what calibration fed it and over that of the product itself, where
+    that was measured."""
+
+    file: str
+    format: Format
+    shape: tuple[int, int]
+    provenance: Provenance
+    digest: str
+    loss: float | None = None
+
+
+class CodeStore:
+    """Codes of some weights in a folder. Safe to share between threads, and to pickle."""
+
+    def __init__(self, folder: Path, entries: Mapping[str, Entry]) -> None:
+        self.folder = folder
+        self.entries = dict(entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    @property
+    def digest(self) -> str:
+        """sha256 over all codes: what an artifact that is made of them depends on."""
+        state = hashlib.sha256()
+        for name, entry in sorted(self.entries.items()):
+            state.update(f"{name} {entry.format.name} {entry.digest}\n".encode())
+        return state.hexdigest()
+
+    def rows(self, name: str, start: int, stop: int) -> Codes:
+        """Rows of one weight. Raises: BundleError `artifact-truncated` where the file ends early."""
+        entry = self.entries[name]
+        (count, _), fmt = entry.shape, entry.format
+        path = self.folder / entry.file
+        row, blocks = _row_bytes(entry), _blocks(entry)
+        raw = _read(path, start * row, (stop - start) * row).reshape(stop - start, row)
+        integers = unpack_int4(raw, 0) if fmt.bits == 4 else raw.view(np.int8)
+        at = count * row
+        scales = _read(path, at + 2 * start * blocks, 2 * (stop - start) * blocks).view(np.float16)
+        scales = scales.reshape(stop - start, blocks)
+        if not fmt.shift:
+            return Codes(integers, scales)
+        size = 1 if fmt.shift == "zero" else 4
+        at += 2 * count * blocks + size * start * blocks
+        offsets = _read(path, at, size * (stop - start) * blocks).view(np.int8 if size == 1 else np.float32)
+        return Codes(integers, scales, offsets.reshape(stop - start, blocks))
+
+
+def save(
+    folder: Path, file: str, fmt: Format, codes: Codes, provenance: Provenance, loss: float | None = None
+) -> Entry:
+    """Write all codes of one weight, whole or not at all. Raises: UsageError `output-not-writable`."""
+    rows, width = codes.integers.shape
+    parts = [
+        pack_int4(codes.integers, 0) if fmt.bits == 4 else codes.integers,
+        codes.scales.astype(np.float16, copy=False),
+    ]
+    if codes.offsets is not None:
+        parts.append(codes.offsets.astype(np.int8 if fmt.shift == "zero" else np.float32, copy=False))
+    state = hashlib.sha256()
+    partial = folder / f".{file}.partial"
+    try:
+        with partial.open("wb") as out:
+            for part in parts:
+                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+                state.update(data)
+                out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        partial.rename(folder / file)
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+    return Entry(file, fmt, (rows, width), provenance, state.hexdigest(), loss)
+
+
+def save_index(folder: Path, entries: Mapping[str, Entry]) -> None:
+    """Write what the files of a store mean."""
+    listed = {
+        name: {
+            "file": entry.file,
+            "format": {field: getattr(entry.format, field) for field in Format.__dataclass_fields__},
+            "shape": list(entry.shape),
+            "provenance": entry.provenance,
+            "digest": entry.digest,
+            "loss": entry.loss,
+        }
+        for name, entry in entries.items()
+    }
+    partial = folder / f".{INDEX}.partial"
+    try:
+        partial.write_text(json.dumps(listed, indent=1))
+        partial.rename(folder / INDEX)
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+
+
+def load_index(folder: Path) -> dict[str, Entry]:
+    """What `save_index` wrote into a folder of ours; nothing where it wrote nothing."""
+    try:
+        listed = json.loads((folder / INDEX).read_text())
+    except FileNotFoundError:
+        return {}
+    return {
+        name: Entry(
+            each["file"], Format(**each["format"]), (each["shape"][0], each["shape"][1]),
+            each["provenance"], each["digest"], each["loss"],
+        )
+        for name, each in listed.items()
+    }  # fmt: skip
+
+
+def _row_bytes(entry: Entry) -> int:
+    return -(-entry.shape[1] * entry.format.bits // 8)
+
+
+def _blocks(entry: Entry) -> int:
+    return entry.shape[1] // entry.format.block if entry.format.block else 1
+
+
+def _read(path: Path, offset: int, size: int) -> Array:
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data = np.empty(size, np.uint8)
+        got = file.readinto(data.data) if size else 0
+    if got != size:
+        raise errors.artifact_truncated(path, offset + size)
+    return data
