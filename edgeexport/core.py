@@ -321,7 +321,9 @@ class StoredWeight:
     two's complement; others are offset by half their range, as ONNX Runtime takes them. Scales are float16, or, where
     the file's own format wants them so, widened to float32 (`scale_bits`). Zero points or offsets, where the format has
     them, lie at `shift_offset`, zero points two a byte and offset by 8 where the values are; the float16 scales of int8
-    offsets at `shift_scales_offset`. `order` is that of the axes in the file,
+    offsets at `shift_scales_offset`. Where they are `paired`, float16 offsets lie among the scales instead, each before
+    its own; where they are `dense`, a row of an odd number of zero points ends within a byte, and the next begins
+    there. `order` is that of the axes in the file,
     where it is not the shape's: where that begins with the first axis, a row stays a row. `high_first`: of two int4
     values in a byte, the first is in the high bits. The float16 palettes of a format that has them lie at
     `palettes_offset`."""
@@ -338,6 +340,8 @@ class StoredWeight:
     palettes_offset: int = -1
     shift_offset: int = -1
     shift_scales_offset: int = -1
+    paired: bool = False
+    dense: bool = False
 
 
 @dataclass(frozen=True)

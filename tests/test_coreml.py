@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cases.ops import OPS, OpCase
+from cases.ops import OPS, OpCase, linear, lookup
 from graphs import CONTEXT, FAMILIES, Decoder, Graph, Traced, Zoo, call_of, written
 from mlpackages import builder, coremltools
 from test_backend_ops import build as built_case
@@ -20,11 +20,13 @@ from test_backend_ops import oracle
 from edgeexport import errors, targets
 from edgeexport.backends import coreml, coreml_lints, coreml_lowering, coreml_ops, coreml_runner
 from edgeexport.backends.coreml_interpreter import Interpreter
+from edgeexport.backends.coreml_mil import identifier
 from edgeexport.backends.coreml_package import MODEL, WEIGHTS, Package
 from edgeexport.backends.storage import read_rows
 from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target, TensorSpec
-from edgeexport.quant import SCHEMES
+from edgeexport.quant import FORMATS, SCHEMES
+from edgeexport.quant import plan as planned
 from edgeexport.quant.source import PlannedWeights
 
 pytest.importorskip("coremltools")
@@ -58,10 +60,26 @@ def snr(wanted: Array, got: Array) -> float:
     return float(10 * np.log10((wanted**2).sum() / max(((wanted - got) ** 2).sum(), 1e-30)))
 
 
+def moved(quant: QuantPlan, suffix: str) -> QuantPlan:
+    """The plan with a zero point for each block of 4-bit integers, those of the embedding too."""
+    formats = {
+        name: FORMATS[f"{fmt.name}-{suffix}"] if fmt.bits == 4 and fmt.block else fmt
+        for name, fmt in quant.formats.items()
+    }
+    return replace(quant, formats=formats)
+
+
 # single ops
 
 
-@pytest.mark.parametrize("case", [case for case in OPS if case.op != "Range"], ids=str)
+OWN = [
+    *(linear(f"a weight in {name}", name) for name in ("int4-b16-zp", "int4-b32-zp", "int4-b32-zp16", "int8-b16")),
+    *(linear(f"rows of three blocks in {name}", name, width=96) for name in ("int4-b32-zp", "int4-b32-zp16")),
+    *(lookup(f"from a table in {name}", name, width=96) for name in ("int4-b32-zp", "int4-b32-zp16")),
+]
+
+
+@pytest.mark.parametrize("case", [case for case in OPS + OWN if case.op != "Range"], ids=str)
 def test_an_op_computes_what_it_means(case: OpCase, tmp_path: Path) -> None:
     model, plan = built_case(case, tmp_path)
     assert coreml.check(model, target(), plan) == []
@@ -119,14 +137,35 @@ def test_a_decoder_computes_what_the_canonical_graph_computes(
     name: str, scheme: str, layout: str, zoo: Zoo, tmp_path: Path
 ) -> None:
     found = zoo.traced(name)
-    models, plan = found.variants("decoder"), found.plan(scheme)
-    artifact = compiled(models, plan, tmp_path, layout=layout)
+    embedding = stored(found.variants("embed"), found.plan(scheme, "embed")) if "embed" in found.components() else {}
+    computes(found, found.plan(scheme), tmp_path, embedding, layout=layout)
+
+
+@pytest.mark.usefixtures("eight")
+@pytest.mark.parametrize("layout", ["tokens", "channels"])
+@pytest.mark.parametrize("suffix", ["zp", "zp16"])
+def test_blocks_with_zero_points_compute_what_the_canonical_graph_computes(
+    suffix: str, layout: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    found, plan = zoo.traced("llama"), moved(zoo.traced("llama").plan("int4-b32"), suffix)
+    computes(found, plan, tmp_path, {}, layout=layout)
+    wanted = stored([found.model], plan)
+    program = types_are_right(tmp_path / "decoder.mlpackage")
+    made = {each.name.removesuffix("_1"): each for each in program.functions["prefill"].operations}
+    for name in (name for name, fmt in plan.formats.items() if fmt.shift):
+        value = made[identifier(name)].materialized_val_inference()  # in float16
+        np.testing.assert_allclose(value.reshape(wanted[name].shape), wanted[name], atol=2e-3)
+
+
+def computes(found: Traced, plan: QuantPlan, tmp_path: Path, embedding: dict[str, Array], **options: Any) -> None:
+    """A decoder's package holds the plan's weights, and computes what the canonical graph does with them."""
+    models = found.variants("decoder")
+    artifact = compiled(models, plan, tmp_path, **options)
     weights = stored(models, plan)
     for key, weight in artifact.weights.items():
         rows = read_rows(tmp_path, weight, 0, weight.shape[0])
         np.testing.assert_array_equal(rows.reshape(weight.shape), weights[key].reshape(weight.shape))
-    if "embed" in found.components():
-        weights |= stored(found.variants("embed"), found.plan(scheme, "embed"))
+    weights |= embedding
     wanted = list(stepped(Decoder(found, weights)))
     for exact in (True, False):
         runner = coreml_runner.open_decoder(tmp_path, artifact, exact=exact)
@@ -222,7 +261,17 @@ def test_coremltools_finds_the_same_types(name: str, scheme: str, layout: str, z
         shutil.rmtree(tmp_path / f"{component}.mlpackage")
 
 
-def types_are_right(package: Path) -> None:
+@pytest.mark.parametrize(
+    ("encoding", "wanted"),
+    [("Q4_1", "int4-b32-zp16"), ("Q4_0", "int4-b32"), ("Q6_K", "int8-b16"), ("F16", "int4-b32-zp")],
+)
+def test_a_plan_for_core_ml_carries_over_what_it_can(encoding: str, wanted: str) -> None:
+    plan = planned({"w": (64, 256)}, {"w": "linear"}, "int4-b32", coreml.TRAITS, {"w": encoding})
+    assert (plan.formats["w"].name, "w" in plan.carried) == (wanted, encoding != "F16")
+
+
+def types_are_right(package: Path) -> Any:
+    """The program as coremltools has loaded it."""
     ct = coremltools()
     from coremltools.converters.mil.frontend.milproto.load import load
 
@@ -230,6 +279,7 @@ def types_are_right(package: Path) -> None:
     program = load(spec, 9, str((package / WEIGHTS).parent))
     assert set(program.functions) == {each.name for each in spec.description.functions}
     ct.models.MLModel(str(package), skip_model_load=True)
+    return program
 
 
 def test_two_functions_share_all_weights(zoo: Zoo, tmp_path: Path) -> None:

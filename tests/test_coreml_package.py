@@ -109,6 +109,39 @@ def test_what_we_write_is_what_coremltools_reads(name: str, tmp_path: Path) -> N
     np.testing.assert_array_equal(reader.read_float_data(record_of(constant)), np.arange(5))
 
 
+@pytest.mark.parametrize("width", [64, 96])
+@pytest.mark.parametrize("name", ["int4-b32-zp", "int4-b32-zp16"])
+def test_zero_points_that_we_write_are_what_coremltools_reads(
+    name: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 41 rows, some at a time. Where a row has three, the next one's begin within a byte."""
+    coremltools()
+    from coremltools.libmilstoragepython import _BlobStorageReader
+
+    fmt, rng, shape = FORMATS[name], np.random.default_rng(8), (41, width // 32)
+    integers, zeros = (rng.integers(-8, 8, size).astype(np.int8) for size in ((41, width), shape))
+    scales = rng.uniform(0.1, 1, shape).astype(np.float16)
+    offsets = zeros if fmt.shift == "zero" else -zeros * scales.astype(np.float32)
+
+    class Moved(Rows):
+        def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
+            return Codes(integers[start:stop], scales[start:stop], offsets[start:stop])
+
+    monkeypatch.setattr(storage, "BLOCK_ELEMENTS", 3 * width)
+    layout = BlobLayout("m.mlpackage/" + coreml_package.WEIGHTS)
+    layout.add(["w"], [(41, width)], fmt)
+    layout.add_constant("c", np.arange(5, dtype=np.float32))
+    coreml_package.write(tmp_path, "m.mlpackage", mil.protobuf().model.Model(), layout, Moved())
+    reader, held = _BlobStorageReader(str(tmp_path / layout.file)), layout.weights["w"]
+    at = record_of(held.shift_offset)
+    found = np.array(reader.read_int4_data(at) if fmt.shift == "zero" else reader.read_fp16_data(at).view(np.float16))
+    np.testing.assert_array_equal(found.reshape(shape), zeros)
+    wanted = (integers.reshape(41, -1, 32) - zeros[:, :, None]) * scales.astype(np.float32)[:, :, None]
+    for start, stop in ((0, 41), (7, 8), (9, 40)):
+        rows = storage.read_rows(tmp_path, held, start, stop)
+        np.testing.assert_allclose(rows, wanted.reshape(41, width)[start:stop], atol=1e-5)
+
+
 # damage
 
 

@@ -31,6 +31,12 @@ def palettes() -> Weight:
 CASES: dict[str, Callable[[], Weight]] = {
     "one palette for 16 rows": palettes,
     "and a scale": lambda: weight("constexpr_blockwise_shift_scale", data=palettes(), scale=SCALES),
+    "zero points": lambda: weight(
+        "constexpr_blockwise_shift_scale",
+        data=PLACES,
+        scale=RNG.uniform(1, 2, (64, 3)).astype(np.float32),
+        offset=RNG.integers(-8, 8, (64, 3)).astype(np.int8),
+    ),
     "one palette": lambda: weight("constexpr_lut_to_dense", indices=PLACES, lut=PALETTE[:1]),
     "pairs of rows": lambda: weight(
         "constexpr_lut_to_dense",

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from cases.ops import OPS, OpCase
+from cases.ops import OPS, OpCase, linear
 from factories import with_tokenizer
 from graphs import (
     FAMILIES,
@@ -35,10 +36,10 @@ from test_backends_contract import LARGER
 
 from edgeexport import errors, families, targets
 from edgeexport.backends import mnn, mnn_convert, mnn_native, mnn_runner
-from edgeexport.backends.mnn_engine import EXACT, NO_TOKENIZER
+from edgeexport.backends.mnn_engine import EXACT, NO_TOKENIZER, value_of
 from edgeexport.backends.mnn_graph import Graph
 from edgeexport.core import Artifact, CanonicalModel, QuantPlan, Target, TensorSpec
-from edgeexport.quant import SCHEMES
+from edgeexport.quant import FORMATS, SCHEMES, plan
 
 LOOKED_UP = tuple(name for name in SCHEMES if name != "fp32")
 """Schemes whose embedding MNN-LLM looks up."""
@@ -61,7 +62,19 @@ def llama(zoo: Zoo, tmp_path: Path) -> tuple[Artifact, Path]:
     return compiled([found.model], found.plan("int4-b32"), tmp_path / "llama"), tmp_path / "llama"
 
 
+def moved(quant: QuantPlan) -> QuantPlan:
+    """The plan with an offset for each block of 4-bit integers, those of the embedding too."""
+    formats = {
+        name: FORMATS[f"{fmt.name}-o16"] if fmt.bits == 4 and fmt.block else fmt for name, fmt in quant.formats.items()
+    }
+    return replace(quant, formats=formats)
+
+
 # ops
+
+
+OWN = [linear(f"a weight in {name}", name) for name in (*(f"int4-b{size}-o16" for size in (16, 32, 128)), "int8-b16")]
+OWN += [linear("blocks with offsets, rows that fill no register", "int4-b32-o16", rows=23)]
 
 
 def is_refused(case: OpCase) -> bool:
@@ -70,7 +83,7 @@ def is_refused(case: OpCase) -> bool:
     return case.op == "TensorScatter" or any(weight.format != "fp32" for weight in tables)
 
 
-@pytest.mark.parametrize("case", [case for case in OPS if not case.attention], ids=str)
+@pytest.mark.parametrize("case", [case for case in OPS + OWN if not case.attention], ids=str)
 def test_the_graph_computes_what_the_op_means(case: OpCase, tmp_path: Path) -> None:
     model, plan = build(case, tmp_path)
     if is_refused(case):
@@ -86,6 +99,27 @@ def test_the_graph_computes_what_the_op_means(case: OpCase, tmp_path: Path) -> N
         assert got[name].shape == expected[name].shape
         assert got[name].dtype == expected[name].dtype
         np.testing.assert_allclose(got[name], expected[name], atol=case.tolerance, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4-b32", "int4-b16-o16", "int4-b32-o16", "int4-b128-o16", "int8-b32", "int8-b16"])
+def test_int8_arithmetic_computes_the_same_where_rounding_loses_nothing(name: str, tmp_path: Path) -> None:
+    """As it ships, MNN multiplies integers. Here an activation is made of such."""
+    import _mnncengine._nn as native
+    from MNN import expr
+
+    case = linear("whole numbers", name, rows=64, length=1)
+    x = np.random.default_rng(0).integers(-127, 128, case.inputs["x"].shape).astype(np.float32)
+    x[..., :2] = -128, 127  # the range that int8 has: a scale of 1
+    case = replace(case, inputs={"x": x})
+    model, quant = build(case, tmp_path)
+    compiled([model], quant, tmp_path)
+    modes = (expr.Backend.CPU, expr.MemoryMode.Low, expr.PowerMode.Normal, expr.PrecisionMode.Normal, 1)
+    manager = native.create_runtime_manager(({"backend": "CPU", "numThread": 1, "memory": 2},))
+    module = native.load_module_from_file(
+        manager, ["x"], ["y"], str(tmp_path / "decoder.mnn"), False, True, False, *modes
+    )
+    got = np.array(expr.convert(module.onForward([value_of(x)])[0], expr.NCHW).read()).reshape(1, 1, 64)
+    np.testing.assert_allclose(got, oracle(case, model, quant)["y"], atol=2e-3)  # of sums of some hundreds
 
 
 @pytest.mark.parametrize("case", [case for case in OPS if case.attention], ids=str)
@@ -113,12 +147,28 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
     assert_built(tmp_path, artifacts, found, weights)
 
 
-def parts(found: Traced, scheme: str, folder: Path) -> dict[str, Artifact]:
+def parts(
+    found: Traced, scheme: str, folder: Path, as_planned: Callable[[QuantPlan], QuantPlan] = lambda quant: quant
+) -> dict[str, Artifact]:
     """Every component's files, in one folder."""
     return {
-        component: compiled(found.variants(component), found.plan(scheme, component), folder)
+        component: compiled(found.variants(component), as_planned(found.plan(scheme, component)), folder)
         for component in found.components()
     }
+
+
+@pytest.mark.parametrize(("name", "scheme"), [("llama", "int4-b32"), ("glm4v", "int4-b64")])
+def test_blocks_with_offsets_compute_what_the_canonical_graph_computes(
+    name: str, scheme: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    """One of these looks its embeddings up in the decoder's own file, the other in one of their own."""
+    found = zoo.traced(name)
+    assert_built(tmp_path, parts(found, scheme, tmp_path, moved), found, stored_weights(found, scheme, moved))
+
+
+def test_a_plan_for_mnn_carries_q4_1_over_in_blocks_with_offsets() -> None:
+    quant = plan({"w": (64, 64)}, {"w": "linear"}, "int4-b32", mnn.TRAITS, {"w": "Q4_1"})
+    assert (quant.formats["w"].name, quant.carried) == ("int4-b32-o16", {"w"})
 
 
 @pytest.mark.parametrize("scheme", LOOKED_UP)
@@ -142,10 +192,11 @@ def test_the_directory_of_a_model_that_sees_answers_a_text_by_itself(
     np.testing.assert_allclose(logits, Decoder(found, stored_weights(found, scheme)).step(TOKENS[:9], 0), atol=1e-5)
 
 
-def test_as_it_ships_activations_are_rounded_to_int8(zoo: Zoo, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["int8", "int4-b32"])
+def test_as_it_ships_activations_are_rounded_to_int8(scheme: str, zoo: Zoo, tmp_path: Path) -> None:
     found = zoo.traced("llama")
-    artifact = compiled([found.model], found.plan("int8"), tmp_path)
-    expected = Decoder(found, stored_weights(found, "int8")).step(TOKENS[:9], 0)
+    artifact = compiled([found.model], moved(found.plan(scheme)), tmp_path)
+    expected = Decoder(found, stored_weights(found, scheme, moved)).step(TOKENS[:9], 0)
     noise = mnn_runner.open_decoder(tmp_path, artifact).step(TOKENS[:9], 0) - expected
     assert 1e-4 < np.sqrt((noise**2).mean() / (expected**2).mean()) < 0.05
 

@@ -71,7 +71,13 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(schemes=("palette4",), splits=True, widens=1 << 30)  # coreml_interpreter.ROOM
+TRAITS = Traits(
+    schemes=("palette4",),
+    shifts=("zero16", "zero"),
+    int8_blocks=True,
+    splits=True,
+    widens=1 << 30,  # coreml_interpreter.ROOM
+)
 
 
 def versions() -> dict[str, str]:

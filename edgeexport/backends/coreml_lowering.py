@@ -19,7 +19,7 @@ from edgeexport.backends import coreml_channels
 from edgeexport.backends import coreml_mil as mil
 from edgeexport.backends.coreml import FLOAT, HOST_TYPES, LAST, TOKENS, added_inputs, count_of, sized
 from edgeexport.backends.coreml_mil import identifier
-from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, record_of
+from edgeexport.backends.coreml_package import WEIGHTS_IN_PROGRAM, BlobLayout, offset_element, record_of
 from edgeexport.backends.coreml_parts import Part
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import constant, stored
@@ -196,8 +196,10 @@ class Lowering:
         else:
             data = self._in_file(held.offset, f"int{fmt.bits}", shape)
         groups = own[-1] // fmt.block if fmt.block else 1
-        scale = self._in_file(held.scales_offset, FLOAT, (*own[:-1], groups, *ones))
-        inputs = {"data": [data], "scale": [scale]}
+        by_block = (*own[:-1], groups, *ones)
+        inputs = {"data": [data], "scale": [self._in_file(held.scales_offset, FLOAT, by_block)]}
+        if fmt.shift:
+            inputs["offset"] = [self._in_file(held.shift_offset, offset_element(fmt), by_block)]
         return self._append("constexpr_blockwise_shift_scale", name, inputs, [(shape, FLOAT)])[0]
 
     def _in_file(self, offset: int, element: str, shape: Sequence[int]) -> Any:

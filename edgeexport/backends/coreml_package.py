@@ -222,6 +222,7 @@ class BlobLayout(storage.Layout):
     file: str = WEIGHTS
     size: int = HEADER.size
     signed: bool = True
+    dense: bool = True
     records: dict[int, tuple[Element, int]] = field(default_factory=dict)
     """By offset of the data: element type and number of elements."""
 
@@ -234,7 +235,10 @@ class BlobLayout(storage.Layout):
         self.records[data] = (BY_NAME[f"{kind}{fmt.bits}"], count)
         if fmt.integer:
             width = shape[-1] if shape else 1
-            self.records[scales] = (BY_NAME["float16"], count // width * storage.blocks(width, fmt))
+            blocks = count // width * storage.blocks(width, fmt)
+            self.records[scales] = (BY_NAME["float16"], blocks)
+            if fmt.shift:
+                self.records[self.weights[names[0]].shift_offset] = (BY_NAME[offset_element(fmt)], blocks)
         if fmt.palette:
             self.records[self.weights[names[0]].palettes_offset] = (BY_NAME["float16"], shape[0])
         return data, scales
@@ -258,6 +262,11 @@ class BlobLayout(storage.Layout):
             return self.size
         self.size = -(-self.size // storage.ALIGNMENT) * storage.ALIGNMENT + RECORD.size
         return super()._reserve(size)
+
+
+def offset_element(fmt: Format) -> str:
+    """The element type of a shifted format's zero points: the integers' own, or the scales'."""
+    return f"int{fmt.bits}" if fmt.shift == "zero" else "float16"
 
 
 def record_of(offset: int) -> int:

@@ -190,4 +190,4 @@ def _content(token: Any) -> str:
     return str(token.get("content", "")) if isinstance(token, dict) else str(token or "")
 
 
-TRAITS = Traits(package=write_package, widens=1 << 62)  # MNN's exact run widens all of them
+TRAITS = Traits(package=write_package, shifts=("half",), int8_blocks=True, widens=1 << 62)  # exact, it widens all

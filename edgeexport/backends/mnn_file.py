@@ -1,6 +1,7 @@
 """MNN's weight file: where each tensor lies in it, and what MNN wants beside its numbers.
 
     matrix, int4 or int8    header | packed rows | float16 scales [rows, blocks]
+    matrix, moved int4      header | packed rows | float16 pairs [rows, blocks, (offset, scale)]
     matrix, float16         rows
     matrix, float32         rows
     scale of a norm         float32 [width] | float32 shift [width], zeros where it has none
@@ -56,13 +57,12 @@ class WeightFile(Layout):
         start, head = self.size, _header(rows, width, fmt.bits) if fmt.integer else np.empty(0, np.uint8)
         if fmt.integer:
             self.constants[f"{name}.header"] = (start, head)
-        data = rows * row_bytes(width, fmt)
-        scales = 2 * rows * blocks(width, fmt)
+        data, scales = rows * row_bytes(width, fmt), scale_bytes(fmt, (rows, width))
         at = start + head.nbytes
         self.size = at + data + scales + (4 * rows if fmt.bits == 32 else 0)
         self.weights[name] = StoredWeight(
             self.file, at, at + data if fmt.integer else -1, fmt, shape,
-            high_first=fmt.integer and fmt.bits == 4,
+            high_first=fmt.integer and fmt.bits == 4, paired=fmt.shift == "half",
         )  # fmt: skip
         self._matrices[name] = Matrix(start, head.nbytes, data, scales)
         return self._matrices[name]
@@ -107,17 +107,29 @@ def looked_up(file: str, shape: tuple[int, ...], fmt: Format) -> StoredWeight:
     """A table alone in its file, rows and then scales, as MNN-LLM looks embeddings up that are no decoder's own."""
     rows, width = shape
     scales = rows * row_bytes(width, fmt) if fmt.integer else -1
-    return StoredWeight(file, 0, scales, fmt, shape, high_first=fmt.integer and fmt.bits == 4)
+    four = fmt.integer and fmt.bits == 4
+    return StoredWeight(file, 0, scales, fmt, shape, high_first=four, paired=fmt.shift == "half")
+
+
+def scale_bytes(fmt: Format, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix's scales, and of the offsets among them."""
+    rows, width = shape
+    return fmt.nbytes(shape) - rows * row_bytes(width, fmt) if fmt.integer else 0
 
 
 def parameters(fmt: Format, rows: int, width: int) -> dict[str, object] | None:
-    """What MNN's schema says of a matrix's numbers; None for float32."""
+    """What MNN's schema says of a matrix's numbers; None for float32.
+
+    A `readType` other than 0 makes its scales pairs. `aMin` is what MNN takes off their offsets, in units of the scale,
+    where it is below 0, and -128 where it is 0; above, they are added to scale * integer as they are.
+    """
     if not fmt.integer:
         return {"type": FLOAT16} if fmt.bits == 16 else None
+    pairs = rows * blocks(width, fmt) if fmt.shift else 0
     return {
         "type": IDST, "quantScale": 1.0, "scaleIn": 0.0, "scaleOut": 0.0, "useInt32": False, "has_scaleInt": False,
-        "shapeInt32": max(rows, width) > 65535, "aMaxOrBits": fmt.bits, "aMin": 0, "readType": 0, "weightSize": 0,
-        "scaleStorage": "FP16",
+        "shapeInt32": max(rows, width) > 65535, "aMaxOrBits": fmt.bits, "aMin": 1 if pairs else 0,
+        "readType": pairs, "weightSize": 0, "scaleStorage": "FP16",
     }  # fmt: skip
 
 

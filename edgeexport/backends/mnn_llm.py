@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from edgeexport.backends.mnn_file import scale_bytes
 from edgeexport.backends.mnn_names import TOKENIZER
 from edgeexport.core import CanonicalModel, StoredWeight
 
@@ -21,7 +22,6 @@ def llm_config(embedding: StoredWeight, layers: int, weight_bytes: int, *, turne
     """
     rows, width = embedding.shape
     fmt = embedding.format
-    scales = 2 * rows * (width // fmt.block if fmt.block else 1) if fmt.integer else 0
     at = embedding.scales_offset if fmt.integer else embedding.offset
     return {
         "hidden_size": width,
@@ -34,7 +34,7 @@ def llm_config(embedding: StoredWeight, layers: int, weight_bytes: int, *, turne
         "tie_embeddings": {
             "weight_offset": embedding.offset,
             "alpha_offset": at,
-            "alpha_size": scales,
+            "alpha_size": scale_bytes(fmt, (rows, width)),
             "quant_bit": fmt.bits,
             "quant_block": fmt.block,
             "alpha_dtype": "fp16",

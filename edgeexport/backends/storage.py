@@ -37,11 +37,12 @@ numpy are short, and each ends with a wait for Python's lock. Two processes give
 @dataclass
 class Layout:
     """Where each weight and each constant will lie in one file. Append in the order the runtime reads. `signed`
-    is how integers lie, as in `StoredWeight`."""
+    and `dense` are how integers lie, as in `StoredWeight`."""
 
     file: str
     size: int = 0
     signed: bool = False
+    dense: bool = False
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     turned: dict[str, Array] = field(default_factory=dict)
     """Integer weights some of whose rows are stored with the other sign, as their scales are: bool [rows]."""
@@ -63,7 +64,7 @@ class Layout:
             self.weights[name] = StoredWeight(
                 self.file, at, at_scales if fmt.integer else -1, fmt, shape,
                 signed=self.signed and not fmt.palette, palettes_offset=at_palettes,
-                shift_offset=shift, shift_scales_offset=shift_scales,
+                shift_offset=shift, shift_scales_offset=shift_scales, dense=self.dense and fmt.shift == "zero",
             )  # fmt: skip
             at_palettes += 2 * count if fmt.palette else 0
             shift += count * row_shift_bytes(width, fmt)
@@ -74,7 +75,9 @@ class Layout:
 
     def _reserve_shift(self, rows: int, width: int, fmt: Format) -> tuple[int, int]:
         """Room for zero points or offsets, and for the scales of int8 offsets: their places, -1 for none."""
-        shift = self._reserve(rows * row_shift_bytes(width, fmt)) if fmt.shift else -1
+        dense = self.dense and fmt.shift == "zero"
+        size = -(-rows * blocks(width, fmt) // 2) if dense else rows * row_shift_bytes(width, fmt)
+        shift = self._reserve(size) if fmt.shift else -1
         return shift, self._reserve(2 * rows) if fmt.shift == "int8" else -1
 
     def add_constant(self, name: str, array: Array) -> int:
@@ -164,32 +167,51 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
         return _in_order(raw.view(dtype).astype(np.float32), weight, count).reshape(count, width)
     values = _in_order(_unpack(raw.reshape(count, size), weight), weight, count)
     per_row = blocks(width, fmt)
-    each = weight.scale_bits // 8
-    scales = _read(path, weight.scales_offset + each * start * per_row, each * count * per_row)
-    scales = scales.view(_scale_dtype(weight))
+    each = _row_scale_bytes(weight)
+    scales = _read(path, weight.scales_offset + each * start, each * count).view(_scale_dtype(weight))
     if fmt.palette:
         values = _coloured(path, weight, values, start)
     scaled = values.reshape(count, per_row, -1)
-    wide = scales.reshape(count, per_row).astype(np.float32)
-    np.multiply(scaled, wide[:, :, None], out=scaled)
+    wide = scales.reshape(count, per_row, -1).astype(np.float32)
+    np.multiply(scaled, wide[:, :, -1:], out=scaled)
     if fmt.shift:
-        scaled += _offsets(path, weight, start, wide)[:, :, None]
+        scaled += wide[:, :, :1] if weight.paired else _offsets(path, weight, start, wide[:, :, 0])[:, :, None]
     return scaled.reshape(count, width)
 
 
 def _offsets(path: Path, weight: StoredWeight, start: int, scales: Array) -> Array:
     """What is added to each block of rows from `start` on, whose scales are float32 [rows, blocks]: of that shape."""
     (count, per_row), fmt, size = scales.shape, weight.format, row_shift_bytes(_matrix(weight.shape)[1], weight.format)
+    if fmt.shift == "zero":
+        return -_zero_points(path, weight, start, count, per_row).astype(np.float32) * scales
     raw = _read(path, weight.shift_offset + start * size, count * size)
     if fmt.shift == "half":
         return raw.view(np.float16).reshape(count, per_row).astype(np.float32)
     if fmt.shift == "zero16":
         return -raw.view(np.float16).reshape(count, per_row).astype(np.float32) * scales
-    if fmt.shift == "int8":
-        shared = _read(path, weight.shift_scales_offset + 2 * start, 2 * count).view(np.float16)
-        return raw.view(np.int8).reshape(count, per_row).astype(np.float32) * shared.astype(np.float32)[:, None]
-    zeros = unpack_int4(raw.reshape(count, size), 0 if weight.signed else 8)[:, :per_row]
-    return -zeros.astype(np.float32) * scales
+    shared = _read(path, weight.shift_scales_offset + 2 * start, 2 * count).view(np.float16)
+    return raw.view(np.int8).reshape(count, per_row).astype(np.float32) * shared.astype(np.float32)[:, None]
+
+
+def _zero_points(path: Path, weight: StoredWeight, start: int, count: int, per_row: int) -> Array:
+    """int8 [rows, blocks] of rows from `start` on."""
+    stride = _row_zero_points(weight)
+    first, last = start * stride, (start + count) * stride
+    raw = _read(path, weight.shift_offset + first // 2, -(-last // 2) - first // 2)
+    values = unpack_int4(raw[None], 0 if weight.signed else 8)[0, first % 2 :][: last - first]
+    return values.reshape(count, stride)[:, :per_row]
+
+
+def _row_zero_points(weight: StoredWeight) -> int:
+    """Zero points from one row's first to the next one's."""
+    per_row = blocks(_matrix(weight.shape)[1], weight.format)
+    return per_row if weight.dense else per_row + per_row % 2
+
+
+def _row_scale_bytes(weight: StoredWeight) -> int:
+    """Bytes of one row's scales, and of the offsets among them."""
+    each = weight.scale_bits // 8 * blocks(_matrix(weight.shape)[1], weight.format)
+    return 2 * each if weight.paired else each
 
 
 def _scattered(weight: StoredWeight) -> bool:
@@ -232,6 +254,8 @@ def _blocks(weights: Mapping[str, StoredWeight]) -> Iterator[_Block]:
             step = max(1, step // PALETTE) * PALETTE
         if _scattered(weight):
             step = rows
+        if weight.dense:
+            step += step % 2  # whole bytes of zero points
         for start in range(0, rows, step):
             stop = min(rows, start + step)
             yield _Block(name, start, stop, (stop - start) * width)
@@ -244,7 +268,7 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
     if fmt.integer:
         codes = source.quantized_rows(job.name, job.start, job.stop)
         values, scales = codes.integers, codes.scales
-        if fmt.shift:
+        if fmt.shift and not weight.paired:
             _write_shift(job, weight, codes, descriptor)
         if fmt.palette:
             scales, palettes = scales.T
@@ -257,7 +281,10 @@ def _write_block(job: _Block, layout: Layout, descriptor: int, source: WeightSou
         if weight.order:
             values = np.ascontiguousarray(values.reshape(-1, *weight.shape[1:]).transpose(weight.order))
         data = _pack(values, weight)
-        at = weight.scales_offset + weight.scale_bits // 8 * job.start * blocks(width, fmt)
+        if weight.paired:
+            assert codes.offsets is not None, "a shifted format"
+            scales = np.stack([codes.offsets.astype(np.float16), scales], axis=-1)
+        at = weight.scales_offset + job.start * _row_scale_bytes(weight)
         _write_all(descriptor, scales.astype(_scale_dtype(weight), copy=False), at)
     else:
         data = source.float_rows(job.name, job.start, job.stop)
@@ -272,9 +299,12 @@ def _write_shift(job: _Block, weight: StoredWeight, codes: Codes, descriptor: in
     fmt, offsets = weight.format, codes.offsets
     assert offsets is not None, "a shifted format"
     data: Array
+    at = weight.shift_offset + job.start * row_shift_bytes(_matrix(weight.shape)[1], fmt)
     if fmt.shift == "zero":
-        even = np.pad(offsets, ((0, 0), (0, offsets.shape[1] % 2)))
-        data = pack_int4(even, 0 if weight.signed else 8)
+        stride = _row_zero_points(weight)
+        flat = np.pad(offsets, ((0, 0), (0, stride - offsets.shape[1]))).reshape(1, -1)
+        data = pack_int4(np.pad(flat, ((0, 0), (0, flat.size % 2))), 0 if weight.signed else 8)
+        at = weight.shift_offset + job.start * stride // 2
     elif fmt.shift == "half":
         data = offsets.astype(np.float16)
     elif fmt.shift == "zero16":
@@ -282,7 +312,7 @@ def _write_shift(job: _Block, weight: StoredWeight, codes: Codes, descriptor: in
     else:
         data, scales = round_offsets(offsets)
         _write_all(descriptor, scales, weight.shift_scales_offset + 2 * job.start)
-    _write_all(descriptor, data, weight.shift_offset + job.start * row_shift_bytes(_matrix(weight.shape)[1], fmt))
+    _write_all(descriptor, data, at)
 
 
 def _pack(values: Array, weight: StoredWeight) -> Array:

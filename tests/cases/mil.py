@@ -522,6 +522,12 @@ COMPRESSED = [
         "offset",
     ),
     MilCase(
+        "constexpr_blockwise_shift_scale",
+        {"data": BYTES, "scale": -positive(6, 2), "offset": 9 * normal(6, 2, seed=4)},
+        lambda data, scale, offset: (data - offset.repeat(4, 1)) * scale.repeat(4, 1),
+        "an offset that is no whole number",
+    ),
+    MilCase(
         "constexpr_affine_dequantize",
         {"quantized_data": BYTES, "zero_point": np.int8(3), "scale": positive(8), "axis": np.int32(1)},
         lambda quantized_data, zero_point, scale, axis: (quantized_data.astype(np.float32) - 3) * scale,
