@@ -15,11 +15,14 @@ from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
 from edgeexport.core import Checkpoint, Finding, Target
 from edgeexport.families import Family
+from edgeexport.quant.calibration import Calibration
 from edgeexport.samples import Samples
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.tokenizer import SpecialTokens, special_tokens
 from edgeexport.text_tables.files import table_files
+
+ROUNDED = Calibration("none")
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tokenizers", "jinja2")
 """Packages whose version may change an artifact, or the tables of tokens and chat beside it."""
@@ -37,6 +40,8 @@ class Job:
     family: Family
     samples: Samples | None = None
     """What the user gave to calibrate activations by."""
+    calibration: Calibration = ROUNDED
+    """How integers of 4 bits are chosen."""
 
     @cached_property
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -88,7 +93,10 @@ class Job:
         tools. Raises: ToolError `missing-package`."""
         aim, samples = self.target, self.samples.digest if self.samples is not None else ""
         tools = backends.load(aim.backend).versions()
-        return key("compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples, tools)
+        chosen = self.calibration.method, self.calibration.digest, self.calibration.device
+        return key(
+            "compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples, chosen, tools
+        )
 
     @cached_property
     def build_key(self) -> str:

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "units",
         "bundle.golden",
         "canonical.dialect",
+        "canonical.streaming",
         "canonical.trace",
         "families.stages",
         "quant.stats",
@@ -52,6 +53,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": BASE | {"backends", "quant"},
     "plan": BASE | {"backends", "checkpoint", "families", "quant", "targets"},
     "samples": BASE | {"session"},
+    "calibrate": BASE | {"canonical", "quant"},
     "doctor": BASE | {"paths"},
     "bench": BASE | {"bundle", "session", "console", "units"},
 }
@@ -72,6 +74,7 @@ BUILD_ROOMS = {
     "backends.tensorrt_lowering",
     "canonical.passes",
     "canonical.store",
+    "canonical.streaming",
     "canonical.trace",
     "canonical.weights",
     "families.autoglm_phone.features",
@@ -86,7 +89,6 @@ BUILD_ROOMS = {
     "parity.evidence",
     "parity.ladder",
     "parity.reference",
-    "parity.streaming",
 }
 """Rooms that work on graphs or torch modules all through, and are imported by the step that needs them. Every other
 module imports on a bare install."""

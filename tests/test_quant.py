@@ -91,6 +91,7 @@ SMOLLM2_LIKE: dict[str, tuple[int, ...]] = {
     "model.embed_tokens.weight": (100, 576),
     "model.layers.0.self_attn.q_proj.weight": (576, 576),
     "model.layers.0.self_attn.q_proj.bias": (576,),
+    "model.layers.0.self_attn.v_proj.weight": (192, 576),
     "model.layers.0.input_layernorm.weight": (576,),
     "lm_head.weight": (100, 576),
 }
@@ -99,14 +100,18 @@ SMOLLM2_LIKE: dict[str, tuple[int, ...]] = {
 def test_plan_from_names() -> None:
     plan = quant.plan_from_names(SMOLLM2_LIKE, "int4-b128", tied=False)
     assert {name: (plan.classes[name], fmt.name) for name, fmt in plan.formats.items()} == {
-        "model.embed_tokens.weight": ("embedding", "int4-b64"),
+        "model.embed_tokens.weight": ("embedding", "int8-channel"),
         "model.layers.0.self_attn.q_proj.weight": ("linear", "int4-b64"),
         "model.layers.0.self_attn.q_proj.bias": ("other", "fp32"),
+        "model.layers.0.self_attn.v_proj.weight": ("linear", "int8-channel"),
         "model.layers.0.input_layernorm.weight": ("other", "fp32"),
-        "lm_head.weight": ("lm_head", "int4-b64"),
+        "lm_head.weight": ("lm_head", "int8-channel"),
     }
-    # by hand: int4 with 9 scales a row, 100 rows twice and 576 rows once; two vectors of 576 floats
-    assert plan.ideal_bytes(SMOLLM2_LIKE) == 2 * (100 * 288 + 100 * 9 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
+    # by hand: int8 with one scale a row, 100 rows twice and 192 once; int4 with 9 scales a row, 576 rows; two vectors
+    by_hand = 2 * (100 * 576 + 100 * 2) + (192 * 576 + 192 * 2) + (576 * 288 + 576 * 9 * 2) + 2 * 576 * 4
+    assert plan.ideal_bytes(SMOLLM2_LIKE) == by_hand
+    small = quant.plan_from_names(SMOLLM2_LIKE, "int4-b32-t4", tied=False)
+    assert {small.formats[name].name for name in ("model.embed_tokens.weight", "lm_head.weight")} == {"int4-b32"}
 
 
 def test_tied_lm_head_is_not_planned_twice() -> None:

@@ -65,6 +65,10 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
         return place, False
 
+    def workplace(self, step: str, key: str) -> Path:
+        """A folder for work that goes on where a killed build left it; whoever finishes it takes the files away."""
+        return self._root.parent / "unfinished" / step / key
+
     def prune(self, limit: int = LIMIT_BYTES) -> None:
         """Remove the entries used longest ago until the rest is within `limit` bytes."""
         entries = [path for step in self._root.glob("*") for path in step.iterdir() if not path.name.startswith(".")]

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from edgeexport.canonical.streaming import LARGE_BYTES, Rows
 from edgeexport.core import Array, Example, OracleModel
-from edgeexport.parity.streaming import LARGE_BYTES, Rows
 
 
 @dataclass(frozen=True)

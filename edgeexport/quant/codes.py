@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +56,15 @@ class CodeStore:
         for name, entry in sorted(self.entries.items()):
             state.update(f"{name} {entry.format.name} {entry.digest}\n".encode())
         return state.hexdigest()
+
+    def move(self, folder: Path) -> None:
+        """Move the files to another folder of the same disk. Raises: UsageError `output-not-writable`."""
+        try:
+            for name in (*{entry.file for entry in self.entries.values()}, INDEX):
+                (self.folder / name).rename(folder / name)
+        except OSError as problem:
+            raise errors.output_not_writable(folder, str(problem)) from problem
+        self.folder = folder
 
     def rows(self, name: str, start: int, stop: int) -> Codes:
         """Rows of one weight. Raises: BundleError `artifact-truncated` where the file ends early."""
@@ -155,3 +164,15 @@ def _read(path: Path, offset: int, size: int) -> Array:
     if got != size:
         raise errors.artifact_truncated(path, offset + size)
     return data
+
+
+def joined(parts: Sequence[Codes]) -> Codes:
+    """Codes of rows that follow each other."""
+    if len(parts) == 1:
+        return parts[0]
+    offsets = [part.offsets for part in parts if part.offsets is not None]
+    return Codes(
+        np.concatenate([part.integers for part in parts]),
+        np.concatenate([part.scales for part in parts]),
+        np.concatenate(offsets) if offsets else None,
+    )

@@ -158,6 +158,8 @@ def to_codes(lattice: Lattice, fmt: Format, *, name: str = "weight", first_row: 
         scales = np.abs(scales)
     if fmt.positive or fmt.shift == "zero16":
         flat = np.abs(scales) < least
+        if fmt.shift == "zero16" and offsets is not None:  # a zero point beyond float16
+            flat |= np.abs(scales) * np.float32(2**15) < np.abs(offsets)
         integers = np.where(flat[..., None], 0, integers.reshape(*scales.shape, -1)).reshape(integers.shape)
         stand_in = np.abs(offsets) if fmt.shift == "zero16" and offsets is not None else np.float32(0)
         scales = np.where(flat, np.maximum(stand_in, least), scales)

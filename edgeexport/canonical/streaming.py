@@ -2,6 +2,7 @@
 
 Weights enter each stage's graph as inputs: equal stages share one session, and the same graph can be fed with the
 checkpoint's weights (is the graph right?) or with an artifact's, read back and dequantised (is the lowering right?).
+What the multiplications of a stage are given can be watched on the way, which is what calibration is about.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from edgeexport.core import Array, CanonicalModel, Progress, no_progress
 
 Rows = Callable[[str, int, int], Array]
 """(weight name, start, stop) -> float32 rows; of a vector, elements."""
+
+Values = dict[ir.Value, Array]
+"""What one call knows at the border between two stages."""
+
+Tap = Callable[[str, Array], None]
+"""(weight name, float32 [.., width] that a multiplication by it is given): called once for each call."""
 
 LARGE_BYTES = 16 << 20
 """A weight beyond this is multiplied in row chunks of this size and never held whole. glibc keeps blocks below 32 MB
@@ -47,6 +54,9 @@ class _Segment:
     activations: tuple[ir.Value, ...]
     weights: tuple[str, ...]
     outputs: tuple[ir.Value, ...]
+    tapped: tuple[tuple[ir.Value, tuple[str, ...]], ...]
+    """What multiplications are given, and by which weights; those of them that are neither activations nor outputs
+    follow the outputs."""
 
 
 @dataclass(frozen=True)
@@ -72,11 +82,16 @@ class _Attend:
 class StreamedGraph:
     """A component's canonical graph, to be run with weights from anywhere."""
 
-    def __init__(self, model: CanonicalModel, threads: int = 0) -> None:
-        """`threads` that multiply; 0 leaves it to ONNX Runtime: one for each core."""
+    def __init__(self, model: CanonicalModel, threads: int = 0, *, tapped: bool = False, slots: int = 0) -> None:
+        """`threads` that multiply; 0 leaves it to ONNX Runtime: one for each core. `tapped`: `advance` may be asked to
+        show what multiplications are given. `slots` of the cache where calls need fewer than the graph has: attention
+        works through all of them."""
         self._model = model
         self._threads = threads
+        self._tapped = tapped
+        self._slots = slots
         self._graph: ir.Graph = model.graph.graph
+        self._inputs = {str(value.name): value for value in self._graph.inputs}
         self._plan = {stage: self._cut(stage) for stage in model.stages}
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         order = {stage: i for i, stage in enumerate(model.stages)}
@@ -93,24 +108,12 @@ class StreamedGraph:
 
         A call names its inputs, a cache apart: that goes from each call to the next.
         """
-        inputs = {str(value.name): value for value in self._graph.inputs}
-        values: list[dict[ir.Value, Array]] = [{inputs[name]: call[name] for name in call} for call in calls]
+        values = self.begin(calls)
         hidden: dict[str, Array] = {}
-        for done, (stage, parts) in enumerate(self._plan.items()):
-            for part in parts:
-                if isinstance(part, _Large):
-                    self._run_large(part, values, rows)
-                elif isinstance(part, _Attend):
-                    _run_attend(part, values)
-                else:
-                    self._run_segment(part, values, rows, inputs)
-            crossing = [value for value in self._crossing(stage) if value in values[0]]
+        for done, stage in enumerate(self._model.stages):
+            crossing = self.advance(stage, values, rows)
             for value in crossing:
                 hidden[stage] = np.concatenate([_matrix(known[value]) for known in values])
-            for value in [value for value in values[0] if self._last_use.get(value, -1) <= done]:
-                if not (value.is_graph_output() or value.is_graph_input()):
-                    for known in values:
-                        del known[value]
             progress(done + 1, len(self._plan))
         kept = {str(value.name): value for value in self._graph.outputs}
         replaced = set(dict(self._model.state).values())
@@ -118,33 +121,66 @@ class StreamedGraph:
             [{name: known[value] for name, value in kept.items() if name not in replaced} for known in values], hidden
         )
 
-    def _run_segment(
-        self, part: _Segment, values: list[dict[ir.Value, Array]], rows: Rows, inputs: Mapping[str, ir.Value]
-    ) -> None:
+    def begin(self, calls: Sequence[Mapping[str, Array]]) -> list[Values]:
+        """The values of calls before the first stage."""
+        return [{self._inputs[name]: call[name] for name in call} for call in calls]
+
+    def advance(self, stage: str, values: list[Values], rows: Rows, tap: Tap | None = None) -> list[ir.Value]:
+        """Take these calls through one stage, in place; values that no later stage reads are dropped. Returns the
+        hidden states among those that are left."""
+        for part in self._plan[stage]:
+            if isinstance(part, _Large):
+                self._run_large(part, values, rows, tap)
+            elif isinstance(part, _Attend):
+                _run_attend(part, values)
+            else:
+                self._run_segment(part, values, rows, tap)
+        crossing = [value for value in self._crossing(stage) if values and value in values[0]]
+        done = self._model.stages.index(stage)
+        for value in [value for value in (values[0] if values else ()) if self._last_use.get(value, -1) <= done]:
+            if not (value.is_graph_output() or value.is_graph_input()):
+                for known in values:
+                    del known[value]
+        return crossing
+
+    def _run_segment(self, part: _Segment, values: list[Values], rows: Rows, tap: Tap | None) -> None:
         session = self._session(part.model)
         refs = self._model.weights
         weights = {
             f"w{k}": rows(name, 0, refs[name].shape[0]).reshape(refs[name].shape) for k, name in enumerate(part.weights)
         }
         replaced = dict(self._model.state)
+        names = [each.name for each in session.get_outputs()][: len(part.outputs)]
+        between = [value for value, _ in part.tapped if value not in {*part.activations, *part.outputs}]
         cache: dict[ir.Value, Array] = {}
         for known in values:
             feeds = dict(weights)
             for k, value in enumerate(part.activations):
                 if str(value.name) in replaced:
-                    feeds[f"a{k}"] = cache.get(
-                        value, np.zeros([d for d in value.shape or () if isinstance(d, int)], np.float32)
-                    )
+                    feeds[f"a{k}"] = cache[value] if value in cache else self._empty(value)
                 else:
                     feeds[f"a{k}"] = known[value]
-            results = dict(zip(part.outputs, session.run(None, feeds), strict=True))
+            arrays = session.run(None if tap is not None else names, feeds)
+            results = dict(zip(part.outputs, arrays, strict=False))
+            if tap is not None:
+                watched = known | results | dict(zip(between, arrays[len(part.outputs) :], strict=True))
+                for value, readers in part.tapped:
+                    for name in readers:
+                        tap(name, watched[value])
             by_name = {str(value.name): array for value, array in results.items()}
             for past, present in replaced.items():
                 if present in by_name:
-                    cache[inputs[past]] = by_name[present]
+                    cache[self._inputs[past]] = by_name[present]
             known.update({value: array for value, array in results.items() if value.name not in replaced.values()})
 
-    def _run_large(self, part: _Large, values: list[dict[ir.Value, Array]], rows: Rows) -> None:
+    def _empty(self, past: ir.Value) -> Array:
+        """A cache [1,kv_heads,S,head_dim] that holds nothing."""
+        sizes = [size for size in past.shape or () if isinstance(size, int)]
+        if self._slots:
+            sizes[2] = self._slots
+        return np.zeros(sizes, np.float32)
+
+    def _run_large(self, part: _Large, values: list[Values], rows: Rows, tap: Tap | None) -> None:
         count, width = self._model.weights[part.weight].shape
         if part.node.op_type == "Gather":
             for known in values:
@@ -153,6 +189,11 @@ class StreamedGraph:
                     None
                 ]
             return
+        if tap is not None:
+            for known in values:
+                tap(part.weight, known[part.input])
+            if part.output.is_graph_output():
+                return  # logits of what was watched are for nobody
         step = max(1, LARGE_BYTES // (4 * width))
         session = self._session(_multiplication())
         x = np.concatenate([_matrix(known[part.input]) for known in values])  # each chunk is read once for all calls
@@ -171,6 +212,7 @@ class StreamedGraph:
             options.intra_op_num_threads = self._threads
             options.enable_cpu_mem_arena = False  # an arena would keep the largest stage's memory
             options.enable_mem_pattern = False
+            options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # the other core has work, too
             self._sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return self._sessions[model]
 
@@ -275,18 +317,29 @@ class StreamedGraph:
             for item in node.outputs
             if item.is_graph_output() or any(user not in members for user, _ in item.uses())
         ]
-        for item in outputs:
+        tapped: dict[ir.Value, list[str]] = {}
+        for node in nodes if self._tapped else ():
+            if (found := linear(node)) is not None:
+                tapped.setdefault(found.input, []).append(str(found.weight.name))
+        shown = [*outputs, *(value for value in tapped if value not in {*activations, *outputs})]
+        for item in shown:
             inside[item].type = ir.TensorType(item.dtype or ir.DataType.FLOAT)
         graph = ir.Graph(
             inputs,
-            [inside[item] for item in outputs],
+            [inside[item] for item in shown],
             nodes=copies,
             initializers=initializers,
             opset_imports=dict(self._graph.opset_imports),
             name="stage",
         )
         proto: Any = ir.serde.serialize_model(ir.Model(graph, ir_version=self._model.graph.ir_version))
-        return _Segment(proto.SerializeToString(deterministic=True), tuple(activations), tuple(weights), tuple(outputs))
+        return _Segment(
+            proto.SerializeToString(deterministic=True),
+            tuple(activations),
+            tuple(weights),
+            tuple(outputs),
+            tuple((value, tuple(names)) for value, names in tapped.items()),
+        )
 
     def _crossing(self, stage: str) -> list[ir.Value]:
         """The stage's hidden state: the one float value of rank 3 that later stages read."""

@@ -1,0 +1,372 @@
+"""Calibration: run the canonical decoder over texts, one layer at a time, and choose each weight's integers by what it
+is fed.
+
+One layer's weights and the statistics of its inputs are in memory; the activations at the border to the next layer are
+on disk. After each layer its codes and that border are complete, and a build that is killed goes on from there. Inputs
+are those of the original model, not of its quantised beginning, so that layers do not depend on each other's codes.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeexport import errors
+from edgeexport.canonical.dialect import linears
+from edgeexport.core import Array, CanonicalModel, Codes, Progress, QuantPlan, TensorRef
+from edgeexport.quant import codes, search
+from edgeexport.quant.calibration import Method
+from edgeexport.quant.codes import CodeStore, Entry
+
+if TYPE_CHECKING:
+    import torch
+
+    from edgeexport.canonical.streaming import Rows, StreamedGraph, Values
+    from edgeexport.quant.gptq import Factor
+
+GROUP = 2048
+"""Tokens that go through a layer together: what their activations take bounds the memory, and each group reads the
+layer's weights once."""
+
+ROWS = 1 << 22
+"""Elements of a weight that a thread works on at once."""
+
+THREADS = 2
+"""Rows do not depend on each other: each thread chooses those of its own, alone, so that none waits for another at
+every step."""
+
+TOGETHER = 256
+"""Rows whose products are added up at once."""
+
+WORK = "work"
+STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be calibrated: a decoder's graph, the plan, and which weights, by name."""
+
+    model: CanonicalModel
+    plan: QuantPlan
+    method: Method
+    names: frozenset[str]
+    device: str = "cpu"
+
+
+def wanted(model: CanonicalModel, plan: QuantPlan) -> frozenset[str]:
+    """The weights of a decoder that a calibration chooses integers for: multiplications, and a table that is one too,
+    in 4 bits, but for those that keep the checkpoint's own."""
+    multiplied = {str(item.weight.name) for item in linears(model.graph.graph)}
+    looked_up = {name for name, kind in plan.classes.items() if kind == "embedding"}
+    return frozenset(
+        name for name in multiplied | looked_up if search.takes(plan.formats[name]) and name not in plan.carried
+    )
+
+
+def run(
+    task: Task,
+    calls: Sequence[Mapping[str, Array]],
+    rows: Rows,
+    folder: Path,
+    progress: Progress,
+) -> CodeStore:
+    """Codes of the task's weights in `folder`, which may hold what a killed run left there and is `owned`. `calls` are
+    the decoder's, each a sequence of its own from position 0; `rows` give the checkpoint's weights by the graph's
+    names.
+
+    Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
+    """
+    return _Run(task, calls, rows, folder, progress).run()
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Nobody else calibrates in this folder meanwhile; one who wants to waits. Raises: UsageError
+    `output-not-writable`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f"{folder.name}.lock").open("w")
+    except OSError as problem:
+        raise errors.output_not_writable(folder, str(problem)) from problem
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Run:
+    """One calibration on its way through the stages."""
+
+    def __init__(
+        self, task: Task, calls: Sequence[Mapping[str, Array]], rows: Rows, folder: Path, progress: Progress
+    ) -> None:
+        from edgeexport.canonical.streaming import StreamedGraph
+
+        self.task, self.rows, self.folder, self.progress = task, rows, folder, progress
+        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=max(map(_tokens_of, calls)))
+        self.by_name = {str(v.name): v for node in task.model.graph.graph for v in node.outputs}
+        self.by_name |= {str(v.name): v for v in task.model.graph.graph.inputs}
+        self.groups = _grouped(calls)
+        self.entries: dict[str, Entry] = {}
+        self.stages = task.model.stages
+        self.read_by = _readers(task.model, self.stages, task.names)
+
+    def run(self) -> CodeStore:
+        """All stages that are not done yet."""
+        done = self._resume()
+        total = 1 + max((self.stages.index(stage) for stage in self.read_by), default=-1)
+        for index in range(done, total):
+            stage = self.stages[index]
+            gathered = self._advance(index, stage)
+            while gathered:  # the sums of one input go before the factor of the next comes
+                names, inputs = gathered.popitem()
+                self._choose(names, inputs)
+            self._finish(index + 1)
+            self.progress(index + 1, total)
+        for name in sorted(self.task.names - self.entries.keys()):  # looked up, and never multiplied
+            self._choose((name,), None)
+        codes.save_index(self.folder, self.entries)
+        for path in (self.folder / WORK, self.folder / STATE):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        return CodeStore(self.folder, self.entries)
+
+    def _advance(self, index: int, stage: str) -> dict[tuple[str, ...], _Inputs]:
+        """Take every group through a stage; what its multiplications were fed, by the weights that read the same."""
+        asked = self._readers_of_each_input(stage)
+        first = {names[0]: names for names in asked}
+        gathered: dict[tuple[str, ...], _Inputs] = {}
+
+        def tap(name: str, x: Array) -> None:
+            if name in first:
+                names = first[name]
+                if names not in gathered:
+                    gathered[names] = _Inputs(x.shape[-1], self.task)
+                gathered[names].add(x)
+
+        last = index == len(self.stages) - 1
+        for number, calls in enumerate(self.groups):
+            values = self.graph.begin(calls) if index == 0 else self._load(index, number)
+            self.graph.advance(stage, _tokens(values) if last else values, self.rows, tap if asked else None)
+            if not last:
+                self._save(index + 1, number, values)
+        return gathered
+
+    def _readers_of_each_input(self, stage: str) -> list[tuple[str, ...]]:
+        """The weights to choose at this stage, those that read the same values together."""
+        wanted = self.read_by.get(stage, ())
+        found: dict[Any, list[str]] = {}
+        for item in linears(self.task.model.graph.graph):
+            if (name := str(item.weight.name)) in wanted and name not in found.get(item.input, ()):
+                found.setdefault(item.input, []).append(name)
+        return [tuple(names) for names in found.values()]
+
+    def _choose(self, names: Sequence[str], inputs: _Inputs | None) -> None:
+        """Find the integers of weights that read the same, and write them."""
+        import torch
+
+        from edgeexport.quant.gptq import Factor
+
+        width = self.task.model.weights[names[0]].shape[1]
+        strength = inputs.strength() if inputs is not None else torch.ones(width, device=self.task.device)
+        products = inputs.products() if inputs is not None else None
+        factor = Factor(products) if products is not None else None
+        for name in names:
+            count, fmt = self.task.model.weights[name].shape[0], self.task.plan.formats[name]
+            step = max(1, min(ROWS // width, -(-count // THREADS)))
+            cuts = [(start, min(count, start + step)) for start in range(0, count, step)]
+            with _workers() as pool:
+                parts = list(pool.map(partial(self._chosen, name, strength, factor), cuts))
+            lost, energy = (sum(part.lost for part in parts), sum(part.energy for part in parts))
+            self.entries[name] = codes.save(
+                self.folder, f"{len(self.entries):05}.codes", fmt, codes.joined([part.codes for part in parts]),
+                "gptq" if factor is not None else "searched", lost / energy if energy else 0.0,
+            )  # fmt: skip
+
+    def _chosen(self, name: str, strength: torch.Tensor, factor: Factor | None, cut: tuple[int, int]) -> _Part:
+        """The integers of some rows."""
+        from edgeexport.quant.gptq import gptq
+
+        weight = self._weight(name, *cut)
+        grid = search.search(weight, strength, self.task.plan.formats[name])
+        integers = gptq(weight, factor, grid) if factor is not None else search.nearest(weight, grid)
+        lost = (weight - search.meaning(integers, grid)).square().sum(0) * strength
+        energy = weight.square().sum(0) * strength
+        return _Part(search.to_codes(integers, grid), float(lost.sum()), float(energy.sum()))
+
+    def _weight(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows as float32. Raises: CheckpointError `nonfinite-weight`, `weight-too-large`."""
+        import torch
+
+        rows = self.rows(name, start, stop)
+        fmt = self.task.plan.formats[name]
+        if not np.isfinite(rows).all():
+            row, column = (int(each) for each in np.argwhere(~np.isfinite(rows))[0])
+            raise errors.nonfinite_weight(name, (start + row, column), float(rows[row, column]))
+        if float(np.abs(rows).max(initial=0.0)) > 7 * 65504.0:
+            row = int(np.abs(rows).max(axis=1).argmax())
+            raise errors.weight_too_large(name, start + row, float(np.abs(rows[row]).max()), fmt.name)
+        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.task.device)
+
+    # what a killed run leaves
+
+    def _resume(self) -> int:
+        """Stages that are done, their codes and the border after them complete."""
+        try:
+            state = json.loads((self.folder / STATE).read_text())
+        except (OSError, ValueError):
+            shutil.rmtree(self.folder / WORK, ignore_errors=True)
+            return 0
+        self.entries = codes.load_index(self.folder)
+        return int(state["done"])
+
+    def _finish(self, done: int) -> None:
+        """File that so many stages are done, and remove the border before."""
+        codes.save_index(self.folder, self.entries)
+        partial = self.folder / f".{STATE}.partial"
+        try:
+            partial.write_text(json.dumps({"done": done}))
+            partial.rename(self.folder / STATE)
+        except OSError as problem:
+            raise errors.output_not_writable(self.folder, str(problem)) from problem
+        shutil.rmtree(self.folder / WORK / str(done - 1), ignore_errors=True)
+
+    def _save(self, index: int, number: int, values: Sequence[Values]) -> None:
+        """The border before stage `index`, of one group."""
+        place = self.folder / WORK / str(index)
+        arrays = {f"{call} {value.name}": array for call, known in enumerate(values) for value, array in known.items()}
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            np.savez(place / f"{number}.npz", allow_pickle=False, **arrays)
+        except OSError as problem:
+            raise errors.output_not_writable(self.folder, str(problem)) from problem
+
+    def _load(self, index: int, number: int) -> list[Values]:
+        found: dict[int, Values] = {}
+        with np.load(self.folder / WORK / str(index) / f"{number}.npz", allow_pickle=False) as held:
+            for key in held.files:
+                call, _, name = key.partition(" ")
+                found.setdefault(int(call), {})[self.by_name[name]] = held[key]
+        return [found[call] for call in sorted(found)]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Codes of some rows, the error that they make and what it is measured by."""
+
+    codes: Codes
+    lost: float
+    energy: float
+
+
+@contextmanager
+def _workers() -> Iterator[ThreadPoolExecutor]:
+    """Threads each of which computes alone: torch's own wait for each other at every operation."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)  # what threads to come begin with
+
+
+class _Inputs:
+    """Sums over what a multiplication is fed: of squares or, for GPTQ, of all products of two channels."""
+
+    def __init__(self, width: int, task: Task) -> None:
+        import torch
+
+        whole = task.method == "gptq"
+        self._sum = torch.zeros((width, width) if whole else (width,), device=task.device)
+        self._rows = 0
+        self._waiting: list[Array] = []
+
+    def add(self, x: Array) -> None:
+        """float32 [.., width]."""
+        self._waiting.append(np.array(x.reshape(-1, x.shape[-1]), np.float32))
+        if sum(map(len, self._waiting)) >= TOGETHER:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Add what waits."""
+        import torch
+
+        if not self._waiting:
+            return
+        rows = torch.from_numpy(np.concatenate(self._waiting)).to(self._sum.device)
+        self._waiting.clear()
+        if self._sum.ndim == 2:
+            self._sum.addmm_(rows.T, rows)
+        else:
+            self._sum += rows.square().sum(0)
+        self._rows += len(rows)
+
+    def strength(self) -> torch.Tensor:
+        """The mean square of each channel, float32 [width]."""
+        self._flush()
+        return (self._sum.diagonal() if self._sum.ndim == 2 else self._sum) / max(1, self._rows)
+
+    def products(self) -> torch.Tensor | None:
+        """The mean products [width, width], in the place of the sums; None where only squares were added."""
+        self._flush()
+        return self._sum.div_(max(1, self._rows)) if self._sum.ndim == 2 else None
+
+
+def _grouped(calls: Sequence[Mapping[str, Array]]) -> list[list[Mapping[str, Array]]]:
+    """Calls in groups of about `GROUP` tokens."""
+    groups: list[list[Mapping[str, Array]]] = [[]]
+    size = 0
+    for call in calls:
+        tokens = _tokens_of(call)
+        if groups[-1] and size + tokens > GROUP:
+            groups.append([])
+            size = 0
+        groups[-1].append(call)
+        size += tokens
+    return groups
+
+
+def _tokens_of(call: Mapping[str, Array]) -> int:
+    """Tokens of one call: [1,T] ids, [1,T,hidden] embeddings, [3,1,T] positions."""
+    return next(int(array.shape[1]) for name, array in call.items() if name in ("input_ids", "inputs_embeds"))
+
+
+def _tokens(values: Sequence[Values]) -> list[Values]:
+    """Each token of each call as a call of its own: the last stage keeps a call's last token alone."""
+    found: list[Values] = []
+    for known in values:
+        hidden = next(value for value, array in known.items() if _is_hidden(value, array))
+        count = known[hidden].shape[1]
+        found += [{**known, hidden: known[hidden][:, t : t + 1]} for t in range(count)]
+    return found
+
+
+def _is_hidden(value: Any, array: Array) -> bool:
+    return array.ndim == 3 and array.dtype == np.float32 and not value.is_graph_input()
+
+
+def _readers(model: CanonicalModel, stages: Sequence[str], names: frozenset[str]) -> dict[str, list[str]]:
+    """The weights to choose by the stage that multiplies by them; by the last, where several do."""
+    from edgeexport.canonical.trace import STAGE
+
+    stage_of = {str(item.weight.name): item.node.metadata_props.get(STAGE, "") for item in linears(model.graph.graph)}
+    found: dict[str, list[str]] = {}
+    for name, stage in stage_of.items():
+        if name in names and stage in stages:
+            found.setdefault(stage, []).append(name)
+    return found
+
+
+def rows_of(model: CanonicalModel, read: Callable[[TensorRef, int, int], Array]) -> Rows:
+    """The checkpoint's rows by the graph's names."""
+    return lambda name, start, stop: read(model.weights[name], start, stop).reshape(-1, *model.weights[name].shape[1:])

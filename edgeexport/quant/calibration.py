@@ -1,0 +1,209 @@
+"""What a calibration reads: the texts and conversations that the package carries, or a user's own.
+
+The package's texts were written for it (quant/texts/LICENSE): English, Chinese, German, code, numbers, conversations
+and a phone agent's actions. A fixed number of tokens is taken from each, at places that a seed chooses, so that the
+same tokenizer always gives the same sequences.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from edgeexport import errors
+from edgeexport.core import Array
+
+Method = Literal["none", "search", "gptq"]
+METHODS: tuple[Method, ...] = ("none", "search", "gptq")
+
+LARGE = 2_000_000_000
+"""Parameters up to which a model is calibrated by GPTQ if nothing is said; beyond, by search alone: minutes, not an
+hour and more."""
+
+TOKENS = 8192
+"""Tokens that are read: on SmolLM2-135M twice as many lower the KL by less than one run differs from another."""
+
+LENGTH = 256
+"""Tokens of one sequence at most."""
+
+LEAST = 16
+"""Tokens that a sequence has at least, where the context has room for them."""
+
+SEED = 20261130
+
+SHARES: Mapping[str, float] = {
+    "english.txt": 0.32,
+    "chats.jsonl": 0.28,
+    "code.txt": 0.12,
+    "german.txt": 0.10,
+    "chinese.txt": 0.10,
+    "numbers.txt": 0.08,
+}
+"""Of the tokens, by file of the package."""
+
+SEPARATOR = "\n---\n"
+"""Between two documents of a text file."""
+
+MAX_FILE = 64 << 20
+"""Bytes of a user's file."""
+MAX_FILES = 512
+
+TEXTS, CHATS = frozenset({".txt", ".md"}), frozenset({".jsonl"})
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or the messages of a conversation in the form of OpenAI's API."""
+
+    text: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    where: str = ""
+    folder: Path | None = None
+    """Where pictures and sounds lie that messages name."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Documents of one kind, and how much of all tokens is to come from them."""
+
+    name: str
+    share: float
+    documents: tuple[Document, ...] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How integers are chosen, and by which texts."""
+
+    method: Method
+    sources: tuple[Source, ...] = field(default=(), repr=False)
+    digest: str = ""
+    device: str = "cpu"
+
+    @classmethod
+    def of(cls, method: Method, path: Path | None, device: str = "cpu") -> Calibration:
+        """By a user's texts, or by the package's. Raises: UsageError `calibration-unusable`."""
+        if method == "none":
+            return cls(method)
+        sources = given(path) if path is not None else packaged()
+        state = hashlib.sha256()
+        for source in sources:
+            for each in source.documents:
+                state.update(json.dumps([source.name, source.share, each.text, each.messages]).encode())
+        return cls(method, tuple(sources), state.hexdigest(), device)
+
+
+def packaged() -> list[Source]:
+    """The package's own texts."""
+    root = resources.files("edgeexport.quant") / "texts"
+    return [
+        Source(name, share, tuple(_documents(name, (root / name).read_text("utf-8")))) for name, share in SHARES.items()
+    ]
+
+
+def given(path: Path) -> list[Source]:
+    """A user's file of text (.txt, .md) or of conversations (.jsonl, one {"messages": [...]} a line), or a folder of
+    such files. Raises: UsageError `calibration-unusable`."""
+    try:
+        files = sorted(each for each in path.rglob("*") if each.suffix in TEXTS | CHATS) if path.is_dir() else [path]
+    except OSError as problem:
+        raise errors.calibration_unusable(path, problem.strerror or str(problem)) from problem
+    if not files or len(files) > MAX_FILES:
+        many = f"it holds {len(files)} files, and at most {MAX_FILES} are read"
+        raise errors.calibration_unusable(path, many if files else "it holds no .txt, .md or .jsonl file")
+    found = []
+    for file in files:
+        if file.suffix not in TEXTS | CHATS:
+            raise errors.calibration_unusable(file, "it is neither text (.txt, .md) nor conversations (.jsonl)")
+        try:
+            if file.stat().st_size > MAX_FILE:
+                raise errors.calibration_unusable(file, f"it has more than {MAX_FILE >> 20} MiB")
+            text = file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise errors.calibration_unusable(file, str(problem)) from problem
+        documents = tuple(_documents(file.name, text, file))
+        found.append(Source(file.name, 1 / len(files), documents))
+    if not any(source.documents for source in found):
+        raise errors.calibration_unusable(path, "it holds no text")
+    return found
+
+
+def _documents(name: str, text: str, file: Path | None = None) -> Iterator[Document]:
+    if not name.endswith(".jsonl"):
+        for part in text.split(SEPARATOR):
+            if part.strip():
+                yield Document(text=part.strip("\n"))
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{name}:{number}"
+        try:
+            messages = json.loads(line)["messages"]
+            good = isinstance(messages, list) and all(isinstance(each["role"], str) for each in messages) and messages
+        except (ValueError, KeyError, TypeError, RecursionError) as problem:
+            raise errors.calibration_unusable(
+                file or Path(name), f"line {number} is no conversation: {problem}"
+            ) from None
+        if not good:
+            raise errors.calibration_unusable(file or Path(name), f"line {number} is no list of messages with roles")
+        yield Document(messages=tuple(messages), where=where, folder=file.parent if file is not None else None)
+
+
+Encode = Callable[[Document], Sequence[int]]
+"""Token ids of a text without special tokens, or of a conversation as the model is given it."""
+
+
+def sequences(sources: Sequence[Source], encode: Encode, context: int, tokens: int = TOKENS) -> list[Array]:
+    """About `tokens` token ids as sequences int64 [T] of at most `LENGTH` and `context`: conversations from their
+    beginning, texts from anywhere. The same ids for the same texts, whatever the machine."""
+    length = min(LENGTH, context)
+    found: list[Array] = []
+    rng = np.random.Generator(np.random.PCG64(SEED))
+    for source in sources:
+        wanted = max(length, round(source.share * tokens))
+        pieces = list(_pieces(source, encode, length))
+        for at in rng.permutation(len(pieces)):
+            if wanted <= 0:
+                break
+            piece = pieces[at][: max(wanted, min(LEAST, length))]
+            found.append(np.array(piece, np.int64))
+            wanted -= len(piece)
+    return found
+
+
+def _pieces(source: Source, encode: Encode, length: int) -> Iterator[Sequence[int]]:
+    """Texts joined and cut, conversations cut at their ends."""
+    stream: list[int] = []
+    for document in source.documents:
+        ids = list(encode(document))
+        if document.messages:
+            if ids:
+                yield ids[:length]
+            continue
+        stream += ids
+        while len(stream) >= length:
+            yield stream[:length]
+            stream = stream[length:]
+    if len(stream) >= min(LEAST, length):
+        yield stream
+
+
+def digest(found: Sequence[Array]) -> str:
+    """sha256 over sequences."""
+    state = hashlib.sha256()
+    for each in found:
+        state.update(np.int64(len(each)).tobytes() + np.ascontiguousarray(each, "<i8").tobytes())
+    return state.hexdigest()
+
+
+def default_method(parameters: int) -> Method:
+    """What a model of this size is calibrated by if nothing is said."""
+    return "gptq" if parameters <= LARGE else "search"
