@@ -102,6 +102,23 @@ def build(
     samples: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures and sounds to calibrate by, for schemes that do so.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Text (.txt, .md) or conversations (.jsonl) like those to come, or a folder of both, by which 4-bit "
+            "weights are chosen; the package's own by default.",
+        ),
+    ] = None,
+    calibrate_method: Annotated[
+        str | None,
+        typer.Option(
+            "--calibrate-method",
+            metavar="none|search|gptq",
+            help="How 4-bit weights are chosen; by default gptq up to 2B parameters, search above.",
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where calibration computes: cpu, or cuda.")] = "cpu",
     dump: Annotated[Path | None, typer.Option(help="Write the graph of every step to this folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
     json: Json = False,
@@ -117,6 +134,7 @@ def build(
     def one(name: str) -> pipeline.BuildResult:
         return pipeline.build(
             model, name, out, quant=quant, context=context_length, parity=parity, max_rss=limit, samples=samples,
+            calibrate=calibrate, calibrate_method=calibrate_method, device=device,
             dump=dump, force=force, console=console,
         )  # fmt: skip
 
@@ -188,6 +206,13 @@ def parity(
         Path | None,
         typer.Option("--out", "-o", help="With --import: the folder to write to; BUNDLE.parity by default."),
     ] = None,
+    text: Annotated[
+        Path | None,
+        typer.Option(
+            "--text", metavar="FILE",
+            help="Compare along this text instead: KL, share of equal best tokens, perplexity of both.",
+        ),
+    ] = None,
     device: Device = "cpu",
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
@@ -208,6 +233,8 @@ def parity(
     console: Console = context.obj
     if device == "cpu" and dtype is not None:
         raise errors.bad_command_line("edgeexport parity", "--dtype belongs to --device cuda")
+    if text is not None and (imported or device == "cuda"):
+        raise errors.bad_command_line("edgeexport parity", "--text excludes --import and --device cuda")
     if device == "cuda" and imported:
         raise errors.bad_command_line("edgeexport parity", "--device and --import exclude each other")
     if imported:
@@ -224,6 +251,9 @@ def parity(
         from edgeexport import cli_gpu
 
         cli_show.inspect(console, cli_gpu.parity(bundle, model, dtype or "float16"))
+        return
+    if text is not None:
+        cli_show.parity_text(console, bundle, text, pipeline.parity_text(bundle, model, text, console=console))
         return
     limit = _size("--max-rss", max_rss)
     cli_show.parity(console, bundle, pipeline.parity(bundle, model, level=level, max_rss=limit, console=console))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from edgeexport.errors import EdgeExportError
 from edgeexport.units import format_bytes, format_number, format_seconds
 
 if TYPE_CHECKING:
+    from edgeexport.parity.text import TextResult
     from edgeexport.pipeline import BuildResult, ExportResult
 
 YES: Cell = ("yes", "green")
@@ -55,6 +57,7 @@ def _built(target: str, result: BuildResult) -> dict[str, Any]:
         "ideal_bytes": result.ideal_bytes,
         "verdict": worst(result.results),
         "results": result.results,
+        "answers": result.answers,
         "findings": result.findings,
         "plan": result.plan,
     }
@@ -62,6 +65,7 @@ def _built(target: str, result: BuildResult) -> dict[str, Any]:
 
 def _show_build(console: Console, target: str, result: BuildResult) -> None:
     console.parity(result.results)
+    console.answers(result.answers)
     for finding in result.findings:
         console.finding(finding)
     state = "up to date" if result.up_to_date else "built"
@@ -139,6 +143,19 @@ def parity(console: Console, bundle: Path, results: Sequence[ParityResult]) -> N
     console.parity(results)
     console.result(f"{bundle}  parity {verdict.value}")
     raise typer.Exit(code)
+
+
+def parity_text(console: Console, bundle: Path, text: Path, found: TextResult) -> None:
+    """How far a bundle is from its original along a text."""
+    console.json({"bundle": bundle, "text": text, **asdict(found)})
+    console.fields(
+        {
+            "tokens": str(found.tokens),
+            "KL from the original": f"{found.kl:.4f} nats",
+            "same best token": f"{100 * found.top1:.1f} %",
+            "perplexity": f"{found.perplexity:.3f}, the original's {found.original_perplexity:.3f}",
+        }
+    )
 
 
 def verify(console: Console, bundle: Path, *, golden: bool, threads: int | None) -> None:

@@ -137,6 +137,17 @@ class Console:
         ]
         self.table(["level", "component", "output", "measured", "gate", "verdict", "note"], rows)
 
+    def answers(self, answers: Iterable[Mapping[str, Any]]) -> None:
+        """What was asked, the original's answer and the artifact's, and how far they agree."""
+        rows: list[list[Cell]] = []
+        for each in answers:
+            place = f"{each['agree']} of {each['tokens']} tokens"
+            parted: Cell = (f"{place}, then near a tie", "yellow") if each["near_tie"] else (place, "red")
+            agree: Cell = ("to the end", "green") if each["whole"] else parted
+            rows.append([each["prompt"], each["original"].strip(), each["artifact"].strip(), agree])
+        if rows:
+            self.table(["asked", "original", "artifact", "agree"], rows)
+
     # input: stdin
 
     def ask(self, prompt: str) -> str | None:

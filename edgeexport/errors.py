@@ -124,6 +124,43 @@ def unknown_scheme(name: str, known: Iterable[str]) -> UsageError:
     )
 
 
+def unknown_method(name: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-method",
+            f"there is no calibration method named {name}",
+            "--calibrate-method",
+            suggest(name, known),
+            f"choose one of {', '.join(known)}",
+        )
+    )
+
+
+def text_unreadable(path: Path, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "text-unreadable",
+            "the text to compare along cannot be used",
+            path,
+            why,
+            "name a text in UTF-8 of some thousand words: --text FILE",
+        )
+    )
+
+
+def calibration_unusable(path: Path, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "calibration-unusable",
+            "the calibration texts cannot be used",
+            path,
+            why,
+            'name text (.txt, .md) or conversations (.jsonl, one {"messages": [...]} a line), or a folder of both: '
+            "--calibrate PATH",
+        )
+    )
+
+
 def scheme_of_another_backend(name: str, title: str, known: Iterable[str]) -> UsageError:
     return UsageError(
         _error(

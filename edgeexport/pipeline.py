@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeexport import errors, families, quant, shipping, targets
 from edgeexport import steps as step
@@ -15,11 +15,15 @@ from edgeexport.bundle.cache import Cache
 from edgeexport.bundle.writer import refuse_existing
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.console import Console
-from edgeexport.core import Finding, ParityResult, Verdict
+from edgeexport.core import Array, Example, Finding, ParityResult, Verdict
 from edgeexport.job import Job
 from edgeexport.plan import context_for
 from edgeexport.plan import plan as plan_of
 from edgeexport.samples import find as find_samples
+
+if TYPE_CHECKING:
+    from edgeexport.parity.ladder import Climb
+    from edgeexport.parity.text import TextResult
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class BuildResult:
     ideal_bytes: int
     results: list[ParityResult]
     findings: list[Finding] = field(default_factory=list)
+    answers: Sequence[Mapping[str, Any]] = ()
+    """The ladder's questions with both answers, as in parity.json."""
     up_to_date: bool = False
     plan: Mapping[str, Any] = field(default_factory=dict)
 
@@ -57,12 +63,16 @@ def build(
     parity: str = "L5",
     max_rss: int | None = None,
     samples: Path | None = None,
+    calibrate: Path | None = None,
+    calibrate_method: str | None = None,
+    device: str = "cpu",
     dump: Path | None = None,
     force: bool = False,
     console: Console | None = None,
 ) -> BuildResult:
     """Build OUT/<model>-<target>/ and prove it up to level `parity`. A scheme that calibrates activations does so by
-    the pictures and sounds in the folder `samples`.
+    the pictures and sounds in the folder `samples`; integers of 4 bits are chosen by the texts in `calibrate`, by the
+    method `none`, `search` or `gptq`.
 
     Raises: an EdgeExportError of the class that the failing step names; nothing is left behind then.
     """
@@ -73,23 +83,28 @@ def build(
     checkpoint = open_checkpoint(model)
     aim = targets.load(target)
     given = find_samples(samples) if samples is not None else None
-    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, families.find(checkpoint.model_type), given)
+    calibration = step.calibration(plan, calibrate, calibrate_method, device)
+    family = families.find(checkpoint.model_type)
+    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration)
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
     remarks = step.read_tokenizer(job)
     step.announce(console, plan, destination)
 
     if destination.exists() and (known := shipping.up_to_date(job, destination)) is not None:
-        return BuildResult(destination, time.perf_counter() - started, peak_rss_of_all(), *known, [], True, plan)
+        size, ideal, results, answers = known
+        seconds, peak = time.perf_counter() - started, peak_rss_of_all()
+        return BuildResult(destination, seconds, peak, size, ideal, results, [], answers, True, plan)
     refuse_existing(destination, force=force)
 
     cache = Cache()
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
         step.check(job, traced)
-        parts = step.compile(job, traced, reader, cache, console)
+        chosen = step.calibrate(job, traced, reader, cache, console)
+        parts = step.compile(job, chosen, reader, cache, console)
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)
-    refuse_failed(climb.results, console)
+    refuse_failed(climb, console)
     with console.step("Writing the bundle"):
         shipping.write_bundle(job, parts, climb, shown, destination, force=force)
     if dump is not None:
@@ -99,14 +114,15 @@ def build(
     findings += step.memory_findings(max_rss)
     seconds = time.perf_counter() - started
     peak, sizes = peak_rss_of_all(), shipping.sizes(parts)
-    return BuildResult(destination, seconds, peak, *sizes, climb.results, findings, False, plan)
+    return BuildResult(destination, seconds, peak, *sizes, climb.results, findings, climb.answers, False, plan)
 
 
-def refuse_failed(results: list[ParityResult], console: Console) -> None:
+def refuse_failed(climb: Climb, console: Console) -> None:
     """Raises: ParityError with every row that failed."""
-    failed = [row for row in results if row.verdict is Verdict.FAIL]
+    failed = [row for row in climb.results if row.verdict is Verdict.FAIL]
     if failed:
-        console.parity(results)
+        console.parity(climb.results)
+        console.answers(climb.answers)
         raise errors.ParityError(*(errors.parity_failed(row) for row in failed))
 
 
@@ -147,5 +163,34 @@ def parity(
     with WeightReader() as reader:
         parts = shipping.artifacts_of_bundle(bundle, step.trace(job, Cache(), console))
         climb = step.climb(job, parts, step.shown(job), reader, console)
-    refuse_failed(climb.results, console)
+    refuse_failed(climb, console)
     return climb.results
+
+
+def parity_text(
+    bundle: Path, model: str, text: Path, *, threads: int | None = None, console: Console | None = None
+) -> TextResult:
+    """How far a bundle is from the `model` it was built from along a user's text.
+
+    Raises: BundleError when the bundle was made from another checkpoint; UsageError `text-unreadable`.
+    """
+    from edgeexport.bundle.bundle import open_bundle
+    from edgeexport.parity import text as along
+    from edgeexport.parity.reference import Reference
+
+    console = console or Console(quiet=True)
+    job = shipping.job_of_bundle(bundle, model, "L5")
+    tensors = job.checkpoint.tensors
+    tokens = step.tokens_of(job, text)
+    with WeightReader() as reader, open_bundle(bundle).session(threads=threads) as session:
+
+        def judge(examples: Sequence[Example], firsts: Sequence[int]) -> list[Array]:
+            rows = Reference(
+                job.family.oracle(job.checkpoint.config),
+                lambda name, start, stop: reader.rows(tensors[name], start, stop),
+            )
+            return [answer.logits for answer in rows.answers(examples, firsts)]
+
+        vocab = job.family.geometry(job.checkpoint.config).vocab
+        with console.step(f"Comparing along {text.name}"), console.progress("Comparing", unit="steps") as progress:
+            return along.measure(tokens, session, judge, vocab, progress)

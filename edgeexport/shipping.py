@@ -31,8 +31,8 @@ TEXT = "text"
 """The ladder's name for its prompt of text alone."""
 
 
-def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult]] | None:
-    """(size, ideal size, parity rows) of the bundle already there when it is this very build's, else None."""
+def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult], list[Mapping[str, Any]]] | None:
+    """(size, ideal size, parity rows, answers) of the bundle already there when it is this very build's, else None."""
     try:
         bundle = open_bundle(destination)
     except errors.BundleError:
@@ -43,7 +43,8 @@ def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult
 
     report = json.loads((destination / "parity.json").read_bytes())
     sizes = report["sizes"]
-    return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report)
+    answers = list(report.get("answers", []))
+    return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report), answers
 
 
 def sizes(parts: Sequence[Built]) -> tuple[int, int]:
@@ -72,6 +73,7 @@ def write_bundle(
         scheme=job.scheme,
         drift=climb.drift,
         weights=climb.weights,
+        answers=climb.answers,
         sizes={
             "artifact_bytes": size,
             "ideal_bytes": ideal,
@@ -116,6 +118,7 @@ def write_bundle(
                 golden=golden,
                 text=manifests.TextContract(job.special_tokens.stop_ids, dict(job.special_tokens.names)),
                 preprocess=preprocess.FILE if job.contract is not None else None,
+                calibration=_calibration(job, parts),
                 tools={**tool_versions(), **{k: v for part in parts for k, v in part.files[1].tools.items()}},
                 parity={
                     level: worst(row for row in climb.results if row.level == level)  # type: ignore[misc]
@@ -137,6 +140,17 @@ def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None
         )
         if made is not None:
             writer.add_file(made.name, made, link=False)
+
+
+def _calibration(job: Job, parts: Sequence[Built]) -> manifests.Calibration | None:
+    """How the decoder's integers were chosen; None where it has none of 4 bits."""
+    decoder = next(part for part in parts if part.name == DECODER)
+    if not any(fmt.integer and fmt.bits == 4 for fmt in decoder.plan.formats.values()):
+        return None
+    if decoder.codes is None:
+        return manifests.Calibration(decoder.provenance)
+    how = job.calibration
+    return manifests.Calibration(decoder.provenance, how.method, how.digest, decoder.codes.digest)
 
 
 def _component(part: Built, cache: manifests.KVLayout) -> manifests.Component:
@@ -219,7 +233,9 @@ def artifacts_of_bundle(folder: Path, parts: Sequence[Built]) -> list[Built]:
         weights = stored_weights(folder, part.name)
         signatures: Any = component.signatures
         artifact = Artifact(part.name, component.backend, component.files, signatures, component.state, weights, {})
-        found.append(replace(part, folder=folder, artifact=artifact))
+        how = bundle.manifest.calibration
+        known = how.provenance if how is not None and part.name == DECODER else None
+        found.append(replace(part, folder=folder, artifact=artifact, known=known))
     return found
 
 

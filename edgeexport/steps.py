@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import shutil
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+import numpy as np
 
 from edgeexport import backends, errors, quant
 from edgeexport.bench import peak_rss_of_all
@@ -18,12 +21,29 @@ from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
-from edgeexport.core import Array, Artifact, CanonicalModel, Component, Finding, Progress, QuantPlan, TensorRef
-from edgeexport.job import Job
+from edgeexport.core import (
+    Array,
+    Artifact,
+    CanonicalModel,
+    Component,
+    Example,
+    Finding,
+    Progress,
+    Provenance,
+    QuantPlan,
+    TensorRef,
+)
+from edgeexport.job import Job, code_digest, tool_versions
+from edgeexport.quant.calibration import METHODS, Calibration, default_method
+from edgeexport.quant.codes import CodeStore, load_index
 from edgeexport.quant.source import PlannedWeights, no_samples
+from edgeexport.session.inputs import Inputs
+from edgeexport.session.runner import Call
+from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
+    from edgeexport.canonical.streaming import Rows
     from edgeexport.parity.evidence import Probe
     from edgeexport.parity.examples import Shown
     from edgeexport.parity.ladder import Climb
@@ -34,6 +54,8 @@ PROBE_WORK = 1e12
 """Floating point operations that L2 may spend on pictures: some ten seconds on two cores."""
 PROBE_SCREEN = (112, 84)
 """Height and width in pixels of the picture that L2 shows instead."""
+MAX_TEXT_BYTES = 1 << 20
+"""Of a text that a bundle is compared along: hours at most."""
 PROMPTS = 4
 ANSWER_TOKENS = 16
 """The ladder's greedy answers: PROMPTS texts, ANSWER_TOKENS each. `benchmarks/` asks for more."""
@@ -57,6 +79,15 @@ def read_tokenizer(job: Job) -> list[Finding]:
     return remarks + job.text_tables[1]
 
 
+def calibration(plan: Mapping[str, Any], path: Path | None, method: str | None, device: str) -> Calibration:
+    """How a build chooses integers: as it is told, else by the model's size. Raises: UsageError `unknown-method`,
+    `calibration-unusable`."""
+    chosen = method or default_method(plan["model"]["parameters"])
+    if chosen not in METHODS:
+        raise errors.unknown_method(chosen, METHODS)
+    return Calibration.of(chosen, path, device)
+
+
 def announce(console: Console, plan: Mapping[str, Any], destination: Path) -> None:
     """The resolved plan, before any work."""
     model, cost = plan["model"], plan["build"]
@@ -74,8 +105,12 @@ class Built:
 
     models: tuple[CanonicalModel, ...]
     plan: QuantPlan
+    codes: CodeStore | None = None
+    """Integers that calibration chose."""
     folder: Path | None = None
     artifact: Artifact | None = None
+    known: Provenance | None = None
+    """Where its integers come from, of a component that was read from a bundle."""
 
     @property
     def name(self) -> str:
@@ -86,6 +121,21 @@ class Built:
         """The folder and the artifact, of a component that has been compiled."""
         assert self.folder is not None and self.artifact is not None, "compiled"
         return self.folder, self.artifact
+
+    @property
+    def provenance(self) -> Provenance:
+        """Where most integers of 4 bits come from, those of multiplications before a table's."""
+        if self.known is not None:
+            return self.known
+        packed = [name for name, fmt in self.plan.formats.items() if fmt.integer and fmt.bits == 4]
+        linear = [name for name in packed if self.plan.classes[name] == "linear"] or packed
+        found: Counter[Provenance] = Counter(
+            "carried" if name in self.plan.carried
+            else self.codes.entries[name].provenance if self.codes is not None and name in self.codes
+            else "rounded"
+            for name in linear
+        )  # fmt: skip
+        return found.most_common(1)[0][0] if found else "rounded"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight, by the canonical graph's names."""
@@ -149,6 +199,92 @@ def check(job: Job, parts: Sequence[Built]) -> None:
         raise errors.LoweringError(*refused)
 
 
+def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
+    """Choose the integers of the decoder's 4-bit weights by what they are fed, where the job asks for it."""
+    from edgeexport import calibrate as calibration
+
+    method = job.calibration.method
+    decoder = next(part for part in parts if part.name == DECODER)
+    model = decoder.models[0]
+    names = calibration.wanted(model, decoder.plan)
+    if method == "none" or not names:
+        return list(parts)
+    formats = {name: decoder.plan.formats[name] for name in sorted(names)}
+    chosen = method, job.calibration.digest, job.calibration.device
+    named = key("codes", model.digest, job.weights_digest, formats, chosen, tool_versions(), code_digest())
+
+    def rows(model: CanonicalModel) -> Rows:
+        return calibration.rows_of(model, reader.rows)
+
+    def fill(folder: Path) -> None:
+        work = cache.workplace("calibrate", named)
+        task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
+        with calibration.owned(work), console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
+            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
+            calibration.run(task, calls, rows(model), work, progress).move(folder)
+            shutil.rmtree(work, ignore_errors=True)
+
+    with console.step(f"Calibrating {job.checkpoint.name} by {method}"):
+        folder, _ = cache.folder("codes", named, fill)
+    store = CodeStore(folder, load_index(folder))
+    shared = [replace(part, codes=store) for part in parts if part.name in (DECODER, "embed")]
+    others = {part.name: part for part in shared}
+    return [others.get(part.name, part) for part in parts]
+
+
+def calibration_calls(job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows]) -> list[Call]:
+    """What a decoder is fed while it is calibrated: the calibration's texts and, where the model sees or hears, the
+    ladder's pictures and sounds, through the model's own encoders."""
+    from edgeexport.canonical.streaming import StreamedGraph
+    from edgeexport.quant import calibration
+
+    vocab = job.family.geometry(job.checkpoint.config).vocab
+    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
+
+    def encode(document: calibration.Document) -> list[int]:
+        text = document.text
+        if document.messages:
+            if job.chat_template is not None:
+                text = job.chat_template.render(document.messages, add_generation_prompt=False)
+            else:
+                text = "\n\n".join(str(message["content"]) for message in document.messages)
+        return [token for token in tokenizer.encode(text) if token < vocab]
+
+    found = calibration.sequences(job.calibration.sources, encode, job.context)
+    examples = [Example(tokens) for tokens in found] + [case.example for case in shown(job).values()]
+    if job.contract is None:
+        return [Call(each.tokens, 0) for each in examples]
+
+    graphs: dict[tuple[str, str], StreamedGraph] = {}
+
+    def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        part = next(part for part in parts if part.name == component)
+        model = next(each for each in part.models if each.variant == variant)
+        graph = graphs.setdefault((component, variant), StreamedGraph(model))
+        return graph.run([inputs], rows(model)).outputs[0]
+
+    calls = []
+    inputs = Inputs(job.contract, run)
+    for each in examples:
+        fed = inputs.feed(each.tokens, [inputs.encode(prepared) for prepared in each.encoder_inputs], 0)
+        calls.append(Call(fed.embeds, 0, fed.rope))
+    return calls
+
+
+def tokens_of(job: Job, text: Path) -> Array:
+    """A text file's token ids, int64 [T]. Raises: UsageError `text-unreadable`."""
+    try:
+        if text.stat().st_size > MAX_TEXT_BYTES:
+            raise errors.text_unreadable(text, f"it has more than {MAX_TEXT_BYTES >> 10} KiB")
+        written = text.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise errors.text_unreadable(text, str(problem)) from problem
+    tokens = Tokenizer(job.tokenizer_files["tokenizer.json"]).encode(written)
+    if len(tokens) < 2:
+        raise errors.text_unreadable(text, "it has fewer than two tokens")
+    return np.array(tokens, np.int64)
+
+
 def compile(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
     """Every component's artifact, in a folder of the cache."""
     return [_compiled(job, part, reader, cache, console) for part in parts]
@@ -156,14 +292,15 @@ def compile(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
 
 def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console: Console) -> Built:
     def fill(folder: Path) -> None:
-        source = PlannedWeights(reader, part.models[0].weights, part.plan, _samples(job, part.name))
+        source = PlannedWeights(reader, part.models[0].weights, part.plan, _samples(job, part.name), part.codes)
         backend = backends.load(job.target.backend)
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
         (folder / "artifact.json").write_bytes(msgspec.json.encode(artifact))
 
     with console.step(f"Compiling {part.name} for {job.target.name}"):
-        folder, _ = cache.folder("compile", key(job.compile_key, part.name), fill)
+        chosen = part.codes.digest if part.codes is not None else ""
+        folder, _ = cache.folder("compile", key(job.compile_key, part.name, chosen), fill)
     return replace(
         part, folder=folder, artifact=msgspec.json.decode((folder / "artifact.json").read_bytes(), type=Artifact)
     )
@@ -209,10 +346,11 @@ def climb(
         return lambda variant: runner.read_signature(*part.files, variant)
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
+    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
     by_name = {part.name: part.files for part in parts}
     half = job.target.precision == "float16"
     subject = Subject(
-        parts={part.name: Part(part.models, part.plan, signature_of(part), half) for part in parts},
+        parts={part.name: Part(part.models, part.plan, signature_of(part), half, part.provenance) for part in parts},
         contract=job.contract,
         tensors=tensors,
         unused=job.family.unused(job.checkpoint),
@@ -221,6 +359,8 @@ def climb(
         open=lambda *, exact=False: OpenArtifacts(lambda name: by_name[name], exact=exact),
         oracle=lambda: job.family.oracle(job.checkpoint.config),
         prompts=examples.texts(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],
+        questions=examples.questions(job.tokenizer_files["tokenizer.json"], job.chat_template, vocab, job.context),
+        decode=lambda tokens: tokenizer.decode(tokens, skip_special_tokens=False),
         shown={name: case.example for name, case in shown.items()},
         answer_tokens=ANSWER_TOKENS,
         stop_ids=frozenset(job.special_tokens.stop_ids),

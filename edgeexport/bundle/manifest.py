@@ -155,6 +155,17 @@ class Golden(Struct, frozen=True, forbid_unknown_fields=True):
     not_run: str = ""
 
 
+class Calibration(Struct, frozen=True, forbid_unknown_fields=True):
+    """How the decoder's integers of 4 bits were chosen: where most of them come from, the method, and sha256 of the
+    texts and of the integers. Equal codes give equal files; another type of processor may choose a few of them
+    otherwise."""
+
+    provenance: core.Provenance
+    method: Literal["none", "search", "gptq"] = "none"
+    texts: str = ""
+    codes: str = ""
+
+
 class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     """All of manifest.json. `files` lists every file but the manifest and its digest file, by POSIX path;
     `preprocess` names the contract of pictures and sound, where the model takes them."""
@@ -169,6 +180,7 @@ class Manifest(Struct, frozen=True, forbid_unknown_fields=True):
     golden: Golden
     text: TextContract | None = None
     preprocess: str | None = None
+    calibration: Calibration | None = None
     tools: dict[str, str] = {}
     parity: dict[Literal["L1", "L2", "L3", "L4", "L5"], Verdict] = {}
     schema: Literal["edgeexport.bundle/1"] = SCHEMA

@@ -18,18 +18,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from edgeexport.canonical.streaming import Rows, StreamedGraph
 from edgeexport.core import (
     Array,
     CanonicalModel,
     Example,
     OracleModel,
     Progress,
+    Provenance,
     QuantPlan,
     StandIn,
     TensorRef,
     TensorSpec,
 )
-from edgeexport.parity.streaming import Rows, StreamedGraph
 from edgeexport.session.inputs import Inputs, Run
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.runner import Call, DecoderRunner
@@ -78,6 +79,8 @@ class Part:
     """Opens a variant's artifact in its runtime without making it ready to run: inputs and outputs by name."""
     half: bool = False
     """Whether the artifact computes in float16."""
+    provenance: Provenance = "rounded"
+    """Where most integers of 4 bits come from."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +108,11 @@ class Subject:
     open: Open
     oracle: Callable[[], OracleModel]
     prompts: Sequence[Example]
-    """Texts."""
+    """Texts that are fed as they are."""
+    questions: Mapping[str, Example]
+    """What a user would ask, as the model is asked it, by what people read."""
+    decode: Callable[[Sequence[int]], str]
+    """Tokens as text."""
     shown: Mapping[str, Example]
     """Prompts with pictures or sound, by a name for people."""
     answer_tokens: int
@@ -159,8 +166,8 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Answered:
-    """A prompt with the artifact's greedy answer behind it and, where pictures or sound are in the prompt, the logits
-    [V] from which each token was chosen, up to the one that ends the answer."""
+    """A prompt with the artifact's greedy answer behind it, and the logits [V] from which each token was chosen, up to
+    the one that ends the answer."""
 
     example: Example
     logits: Sequence[Array]
@@ -276,7 +283,7 @@ class Evidence:
         opened = self.subject.open()
         contract = self.subject.contract
         inputs = Inputs(contract, opened.run, opened.close) if contract else None
-        prompts = [*self.subject.prompts, *self.subject.shown.values()]
+        prompts = [*self.subject.questions.values(), *self.subject.shown.values()]
         features = [[inputs.encode(each) for each in prompt.encoder_inputs] if inputs else [] for prompt in prompts]
         opened.close()  # the encoders' memory goes before the decoder's comes
         _give_back()
@@ -289,8 +296,7 @@ class Evidence:
                 chosen_from: list[Array] = []
                 for _ in range(self.subject.answer_tokens):
                     tokens.append(int(np.argmax(logits)))
-                    if made:
-                        chosen_from.append(np.array(logits))
+                    chosen_from.append(np.array(logits))
                     if len(tokens) >= session.context or _is_placeholder(contract, tokens[-1]):
                         break
                     logits = session.decode(tokens[-1])

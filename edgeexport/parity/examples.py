@@ -38,6 +38,18 @@ TEXTS = (
 )
 
 
+QUESTIONS = (
+    "What is the capital of France?",
+    "Name three planets.",
+    "Write one sentence about the sea.",
+    "2 + 3 =",
+    "Translate to German: Good morning, my friend.",
+    "Which animal says meow?",
+    "Write a Python function that adds two numbers.",
+    "中国的首都是哪里？",
+)
+"""What a user would ask: eight answers are shown beside the original's."""
+
 QUESTION = "Describe what you see or hear."
 
 
@@ -53,6 +65,19 @@ def texts(tokenizer_json: bytes, vocab: int, context: int) -> list[Example]:
     """The texts as int64 token ids of this tokenizer, each at most a quarter of the context and never empty."""
     encode = _encoder(tokenizer_json, vocab)
     return [Example(np.array(encode(text, True)[: max(1, context // 4)], np.int64)) for text in TEXTS]
+
+
+def questions(tokenizer_json: bytes, template: ChatTemplate | None, vocab: int, context: int) -> dict[str, Example]:
+    """`QUESTIONS` as the model is asked them: through its chat template where it has one that renders them, else as
+    plain text. One that leaves no room for an answer is cut to a quarter of the context."""
+    encode = _encoder(tokenizer_json, vocab)
+    found = {}
+    for question in QUESTIONS:
+        tokens = _rendered(template, question, 0, encode, None) or encode(question, True)
+        if len(tokens) + ROOM > context:
+            tokens = encode(question, True)[: max(1, context // 4)]
+        found[question] = Example(np.array(tokens, np.int64))
+    return found
 
 
 def shown(
@@ -93,7 +118,7 @@ def shown(
 
 
 def _rendered(
-    template: ChatTemplate | None, question: str, pictures: int, encode: Encode, contract: Preprocess
+    template: ChatTemplate | None, question: str, pictures: int, encode: Encode, contract: Preprocess | None
 ) -> list[int] | None:
     """The question as the model is asked it; None without a template, or with one that leaves the pictures out."""
     if template is None:
@@ -105,7 +130,8 @@ def _rendered(
         tokens = encode(template.render([{"role": "user", "content": content}]), False)
     except errors.EdgeExportError:
         return None
-    return tokens if pictures == sum(token == contract.image_token_id for token in tokens) else None
+    token = contract.image_token_id if contract is not None else None
+    return tokens if pictures == sum(each == token for each in tokens) else None
 
 
 def _picture(

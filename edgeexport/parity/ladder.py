@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeexport import errors
 from edgeexport.bundle.golden import kl_divergence
-from edgeexport.core import LEVELS, Array, Dim, ParityResult, StandIn, TensorRef, TensorSpec, Verdict
+from edgeexport.core import LEVELS, Array, Dim, Example, ParityResult, StandIn, TensorRef, TensorSpec, Verdict
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins, max_abs, rms, snr_db
-from edgeexport.parity.evidence import DECODE_STEPS, DECODER, Evidence, Outcome, Part, Script, Subject, Watch
+from edgeexport.parity.evidence import (
+    DECODE_STEPS,
+    DECODER,
+    Answered,
+    Evidence,
+    Outcome,
+    Part,
+    Script,
+    Subject,
+    Watch,
+)
 from edgeexport.quant.stats import WeightStats, compare_rows
+
+if TYPE_CHECKING:
+    from edgeexport.parity.reference import Reference
 
 RUN = ("L4", "L5")
 """The levels that run the artifacts."""
@@ -30,6 +43,8 @@ class Climb:
     results: list[ParityResult] = field(default_factory=list)
     drift: list[dict[str, Any]] = field(default_factory=list)
     weights: list[dict[str, Any]] = field(default_factory=list)
+    answers: list[dict[str, Any]] = field(default_factory=list)
+    """What was asked, and both answers."""
     golden: dict[str, dict[str, Array]] = field(default_factory=dict)
     """Golden vectors by the name of what was asked."""
     golden_gates: dict[str, float] = field(default_factory=dict)
@@ -122,7 +137,7 @@ def _graph(evidence: Evidence, state: Climb) -> None:
         if sequence in evidence.sequences:
             state.golden[sequence.name] = _golden(sequence, want)
     state.drift = _drift(oracle.hidden, graph.hidden)
-    state.golden_gates["kl"] = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[_kind(subject.decoder)])
+    state.golden_gates["kl"] = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[_grade(subject.decoder)])
 
 
 def _weights(evidence: Evidence, state: Climb) -> None:
@@ -210,41 +225,81 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
     from edgeexport.parity.reference import Reference
 
     subject, oracle, shipped = evidence.subject, evidence.oracle, evidence.shipped
-    kind = _kind(subject.decoder)
+    kind, grade = _kind(subject.decoder), _grade(subject.decoder)
     for name, part in subject.parts.items():
         if name != DECODER:
             limit = gates.gate(subject.overrides, "L5", "features", gates.REFERENCE_FEATURES[_kind(part)])
             title = "features, against the original"
             state.results.append(_features_row(name, "L5", title, oracle, shipped, "rms", limit))
     answered = evidence.greedy()
-    prompts = [*subject.prompts, *subject.shown.values()]
-    firsts = [len(prompt.tokens) - 1 for prompt in prompts]
+    prompts = {**subject.questions, **subject.shown}
+    firsts = [len(prompt.tokens) - 1 for prompt in prompts.values()]
     tie = gates.gate(subject.overrides, "L5", "near_tie", gates.NEAR_TIE[kind])
     asked = [replace(each.example, tokens=each.example.tokens[:-1]) for each in answered]
+    chosen = [each.example.tokens for each in answered]
     for level, title, rows in (
         ("L4", "tokens, against the stored weights", subject.stored_rows),
         ("L5", "tokens, against transformers", subject.checkpoint_rows),
     ):
         with evidence.watch(f"Judging {title.removeprefix('tokens, ')}"):
-            answers = Reference(subject.oracle(), rows).answers(asked, firsts)
-        chosen = [each.example.tokens for each in answered]
+            reference = Reference(subject.oracle(), rows)
+            answers = reference.answers(asked, firsts)
         agree, near, total = _agreement([a.logits for a in answers], chosen, firsts, tie)
-        least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[kind])
+        least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[grade])
         state.results.append(_tokens_row(level, title, agree, near, total, {"top1": least, "near_tie": tie}))
-    text = evidence.sequences[0].name
-    judged = {"logits, against transformers": kl_divergence(oracle.logits[text], shipped.logits[text])}
-    # What a script lets follow a picture is unlike anything a model saw; what the artifact itself answers is not.
-    along = [
-        kl_divergence(answer.logits[: len(each.logits)], np.stack(each.logits))
-        for each, answer in zip(answered, answers, strict=True)
-        if each.logits
-    ]
-    if along:
-        judged["logits of answers to pictures and sound, against transformers"] = np.concatenate(along)
-    limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[kind])
-    for title, steps in judged.items():
-        metrics = {"kl": float(steps.mean()), "steps": len(steps)}
-        state.results.append(_row(DECODER, "L5", title, metrics, {"kl": limit}, metrics["kl"] <= limit))
+    limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[grade])
+    for title, names in {"text": subject.questions, "pictures and sound": subject.shown}.items():
+        # What a script lets follow a prompt is unlike anything a model saw; what the artifact itself answers is not.
+        along = [
+            kl_divergence(answer.logits[: len(each.logits)], np.stack(each.logits))
+            for name, each, answer in zip(prompts, answered, answers, strict=True)
+            if name in names and each.logits
+        ]
+        if along:
+            steps = np.concatenate(along)
+            metrics = {"kl": float(steps.mean()), "steps": len(steps)}
+            row = f"logits of answers to {title}, against transformers"
+            state.results.append(_row(DECODER, "L5", row, metrics, {"kl": limit}, metrics["kl"] <= limit))
+    with evidence.watch("Answering with the original model"):
+        _answers(subject, state, answered, [answer.logits for answer in answers], prompts, reference, tie, grade)
+
+
+def _answers(
+    subject: Subject, state: Climb, answered: Sequence[Answered], logits: Sequence[Array],
+    prompts: Mapping[str, Example], reference: Reference, tie: float, grade: str,
+) -> None:  # fmt: skip
+    """L5: whole answers, the original's beside the artifact's."""
+    from edgeexport.parity import answers
+
+    def judge(examples: Sequence[Example], firsts: Sequence[int]) -> list[Array]:
+        return [answer.logits for answer in reference.answers(examples, firsts)]
+
+    mine = [each.example.tokens[len(prompt.tokens) :] for each, prompt in zip(answered, prompts.values(), strict=True)]
+    size = sum(ref.nbytes for ref in subject.tensors.values())
+    passes = answers.PASSES_OF_LARGE if size > answers.LARGE_BYTES else answers.PASSES
+    compared = answers.compare(
+        list(prompts), list(prompts.values()), mine, logits, judge, subject.stop_ids, tie, passes
+    )
+    for each in compared:
+        state.answers.append(
+            {
+                "prompt": each.name,
+                "original": subject.decode(each.original),
+                "artifact": subject.decode(each.artifact),
+                "agree": each.agree,
+                "tokens": len(each.artifact),
+                "whole": each.whole,
+                "near_tie": each.near_tie,
+            }
+        )
+    whole, near = sum(each.whole for each in compared), sum(each.near_tie for each in compared)
+    decided = len(compared) - near
+    least = gates.gate(subject.overrides, "L5", "answers", gates.REFERENCE_ANSWERS[grade])
+    share = whole / decided if decided else 0.0
+    note = f"{whole} of {decided} answers agree to the end; {near} part near a tie"
+    metrics = {"share": share, "near_tie": near, "answers": len(compared)}
+    row = _row(DECODER, "L5", "answers, against transformers", metrics, {"share": least}, share >= least, note)
+    state.results.append(row if decided else replace(row, verdict=Verdict.AMBIGUOUS))
 
 
 def _tokens_row(level: str, title: str, agree: int, near: int, total: int, gate: Mapping[str, float]) -> ParityResult:
@@ -341,6 +396,12 @@ def _kind(part: Part) -> str:
     if not bits:
         bits = [fmt.bits for fmt in part.plan.formats.values() if fmt.integer]
     return gates.kind(min(bits, default=16 if part.half else 32))
+
+
+def _grade(part: Part) -> str:
+    """The kind and, at 4 bits, where the integers come from: the row of the tables of L5."""
+    kind = _kind(part)
+    return f"{kind} {part.provenance}" if kind == "int4" else kind
 
 
 def _row(

@@ -46,6 +46,8 @@ class Extra(TypedDict, total=False):
     """Per layer, in order: `layer`, `max_abs`, `rms_error`, `rms` (see charts.drift_chart)."""
     weights: Sequence[Mapping[str, Any]]
     """Per stored tensor: `tensor`, `class`, `format`, `snr_db`, `zero_share` (see charts.snr_chart)."""
+    answers: Sequence[Mapping[str, Any]]
+    """`prompt`, `original` and `artifact` answers as text, `agree` of `tokens`, `whole`, `near_tie`."""
     sizes: Mapping[str, float | int]
     """Sizes and memory by name; a name that ends in _bytes is shown with a unit."""
     devices: Sequence[Mapping[str, Any]]
@@ -120,6 +122,7 @@ def write_html(results: Sequence[ParityResult], extra: Extra) -> bytes:
         drift=drift_chart(extra.get("drift", ())),
         snr=snr_chart(extra.get("weights", ())),
         sizes=[(name.removesuffix("_bytes").replace("_", " "), _size(name, value)) for name, value in _sizes(extra)],
+        answers=extra.get("answers", ()),
         limits=_limits(extra),
         devices=extra.get("devices", ()),
     )

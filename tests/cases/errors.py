@@ -229,6 +229,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "not_a_wav": {"where": "talk.mp3", "problem": "it does not start with RIFF"},
     "damaged_wav": {"where": "talk.wav", "problem": "chunk 'data' claims 32000 bytes, 100 are left"},
     "bad_sound": {"where": "talk.wav", "problem": "it has no samples"},
+    "unknown_method": {"name": "gpt", "known": ["none", "search", "gptq"]},
+    "text_unreadable": {"path": Path("notes.txt"), "why": "it has fewer than two tokens"},
+    "calibration_unusable": {"path": Path("texts"), "why": "it holds no .txt, .md or .jsonl file"},
     "samples_unusable": {
         "folder": Path("samples"),
         "why": "it holds no picture (.png, .jpg, .webp, .bmp) and no .wav file",
