@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-mini test-peer test-gpu clean
+.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-mini bench-quality test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -82,6 +82,10 @@ bench-9b: setup
 # llama.cpp and onnxruntime-genai in a venv of their own, and ours, in one sitting.
 bench-peers: setup
 	$(BIN)/python benchmarks/peers.py --builders
+
+# KL, top-1 and answers of our 4-bit schemes and llama.cpp's, from a GGUF and from a bf16 checkpoint (an hour).
+bench-quality: setup
+	$(BIN)/python benchmarks/quality.py --peer --json dist/quality.json
 
 # Held-out accuracy of the bundle that `make demo` builds, beside the figures of its training log.
 bench-mini: setup

@@ -72,6 +72,7 @@ def _run(case: Case, quant: str, checkpoint: Path, options: argparse.Namespace) 
         shutil.rmtree(folder, ignore_errors=True)
     command = [sys.executable, "-m", "edgeexport", "build", str(checkpoint), "--target", options.target]
     command += ["--quant", quant, "--parity", case.level, "--quiet", "-o", str(out)]
+    command += ["--calibrate-method", "none"]  # random weights; bench_9b --calibrate-method measures calibrations
     usage = measure(command, {**os.environ, "EDGEEXPORT_CACHE_DIR": str(cache.resolve())}, quiet=True)
     kept = (
         usage.code == 0

@@ -63,6 +63,7 @@ def main() -> int:
     parser.add_argument("--checkpoint", type=Path, help="one that was written before")
     parser.add_argument("--target", choices=TARGETS, default="android-ort")
     parser.add_argument("--ladder", action="store_true", help="climb the levels above L3 too")
+    parser.add_argument("--calibrate-method", choices=("none", "search", "gptq"), default="none")
     options = parser.parse_args()
     checkpoint: Path = options.checkpoint or options.work / PRESET
     if not (checkpoint / "tokenizer_config.json").exists():  # what is written last
@@ -110,6 +111,7 @@ def _build(checkpoint: Path, options: argparse.Namespace, level: str) -> Usage:
         _forget(path)
     command = [sys.executable, "-m", "edgeexport", "build", str(checkpoint), "--target", options.target]
     command += ["--quant", TARGETS[options.target].scheme, "--parity", level, "--quiet", "-o", str(out)]
+    command += ["--calibrate-method", options.calibrate_method]
     return measure(command, {**os.environ, "EDGEEXPORT_CACHE_DIR": str(cache.resolve())}, quiet=True, interval=INTERVAL)
 
 

@@ -140,7 +140,7 @@ def compare_builders(python: Path, work: Path) -> None:
         shutil.rmtree(work / folder, ignore_errors=True)
     env = {**os.environ, "EDGEEXPORT_CACHE_DIR": str((work / "1b-cache").resolve())}
     ours = [sys.executable, "-m", "edgeexport", "build", str(checkpoint), "--target", "android-ort", "--quant"]
-    ours += ["int4-b32", "--parity", "L1", "--quiet", "-o", str(work / "1b-edgeexport")]
+    ours += ["int4-b32", "--calibrate-method", "none", "--parity", "L1", "--quiet", "-o", str(work / "1b-edgeexport")]
     print(f"{'1.1B random Llama, int4':<24} {'seconds':>14} {'peak RSS GB':>14}")
     _print_build("edgeexport (to L1)", measure(ours, env, quiet=True))
     theirs = builder_command(python, checkpoint, work / "1b-genai", work)

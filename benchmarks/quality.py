@@ -267,7 +267,8 @@ def agreeing(job: Job, mine: Rows, original: Rows) -> tuple[int, int, list[str]]
         return list(judge(rows)(whole, firsts))
 
     def compared(rows: Rows, answers: Sequence[Sequence[int]]) -> list[Compared]:
-        return compare(list(asked), prompts, answers, along(rows, answers), judge(rows), stop, 1.0)
+        passes = steps.ANSWER_TOKENS
+        return compare(list(asked), prompts, answers, along(rows, answers), judge(rows), stop, 1.0, passes)
 
     # the artifact's own answers are "the original's" of a comparison with a guess
     own = [list(each.original) for each in compared(mine, guesses)]
