@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from cases.ops import OPS, OpCase
+from cases.ops import OPS, SHIFTED, OpCase
 from graphs import compiled, filled, host_target, parsed, spec_of
 
 from edgeexport import backends
@@ -38,7 +38,7 @@ def test_every_table_has_exactly_one_row_per_op_of_the_dialect(name: str) -> Non
         assert bool(row.why and row.fix) == (row.kind == "reject")
 
 
-@pytest.mark.parametrize("case", OPS, ids=str)
+@pytest.mark.parametrize("case", [*OPS, *SHIFTED], ids=str)
 def test_the_artifact_computes_what_the_op_means(case: OpCase, tmp_path: Path) -> None:
     model, plan = build(case, tmp_path)
     assert backends.load("onnxruntime").check(model, host_target(), plan) == []
@@ -57,7 +57,7 @@ def test_the_artifact_computes_what_the_op_means(case: OpCase, tmp_path: Path) -
     assert not set(case.gone) & ops
 
 
-@pytest.mark.parametrize("case", [case for case in OPS if "MatMulNBits" in case.becomes], ids=str)
+@pytest.mark.parametrize("case", [case for case in [*OPS, *SHIFTED] if "MatMulNBits" in case.becomes], ids=str)
 def test_the_fast_kernels_differ_by_the_rounding_of_activations_only(case: OpCase, tmp_path: Path) -> None:
     model, plan = build(case, tmp_path)
     artifact = compiled(model, plan, tmp_path / "out", accuracy_level=4)
@@ -66,7 +66,7 @@ def test_the_fast_kernels_differ_by_the_rounding_of_activations_only(case: OpCas
     assert np.sqrt((noise**2).mean() / (expected**2).mean()) < 0.015  # int8 per block: about 1/127 of the largest
 
 
-@pytest.mark.parametrize("case", OPS, ids=str)
+@pytest.mark.parametrize("case", [*OPS, *SHIFTED], ids=str)
 def test_every_case_is_in_the_dialect(case: OpCase, tmp_path: Path) -> None:
     dialect.verify(build(case, tmp_path)[0].graph)
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from cases.ops import OPS, OpCase
+from cases.ops import OPS, OpCase, Weight, linear, lookup
+from cases.ops import normal as order_one
 from graphs import (
     FAMILIES,
     TOKENS,
@@ -30,9 +32,11 @@ from graphs import (
 from test_backend_ops import build, oracle
 
 from edgeexport import errors, families, targets
-from edgeexport.backends import litert, litert_runner
+from edgeexport.backends import litert, litert_runner, storage
+from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Array, Artifact, CanonicalModel, Dim, QuantPlan, Target
-from edgeexport.quant import SCHEMES
+from edgeexport.quant import FORMATS, SCHEMES
+from edgeexport.quant.source import PlannedWeights
 
 
 @pytest.fixture(autouse=True)
@@ -89,6 +93,136 @@ def test_every_op_computes_what_it_means(case: OpCase, tmp_path: Path) -> None:
         assert got[name].shape == expected[name].shape
         np.testing.assert_allclose(got[name], expected[name], atol=case.tolerance, rtol=1e-5)
         assert got[name].dtype == (np.int32 if expected[name].dtype == np.int64 else expected[name].dtype)
+
+
+# weights whose blocks have offsets
+
+
+def with_bias(case: OpCase) -> OpCase:
+    """The same, and a bias behind it."""
+    rows = case.weights["w"].shape[0]
+    text = case.text.replace("y = MatMul", "h = MatMul") + "\ny = Add (h, b)"
+    return replace(case, note=f"{case.note}, with a bias", text=text, weights={**case.weights, "b": Weight((rows,))})
+
+
+def products(note: str, formats: Sequence[str], *, bias: str = "", length: int = 5) -> OpCase:
+    """One input [1,T,256] times several weights of 24, 32, ... rows; those named in `bias` have one."""
+    text, weights = "", {}
+    for k, (fmt, name) in enumerate(zip(formats, "abcd", strict=False)):
+        weights[f"w{name}"] = Weight((24 + 8 * k, 256), fmt)
+        text += f"t{name} = Transpose <perm = [1, 0]> (w{name})\n"
+        text += f"{'h' if name in bias else 'y'}{name} = MatMul (x, t{name})\n"
+        if name in bias:
+            weights[f"b{name}"] = Weight((24 + 8 * k,))
+            text += f"y{name} = Add (h{name}, b{name})\n"
+    outputs = tuple(f"y{name}" for _, name in zip(formats, "abcd", strict=False))
+    return OpCase("MatMul", note, text, {"x": order_one(1, length, 256)}, outputs, weights, tolerance=1e-4)
+
+
+SHIFTED = [
+    case
+    for fmt, width in (("int4-b32-o8", 256), ("int4-b32-o8", 576), ("int4-b64-o8", 576), ("int4-b128-o8", 256))
+    for length in (1, 5)
+    for plain in (linear(f"{fmt} of width {width} by {length}", fmt, width=width, length=length, rows=30),)
+    for case in (plain, with_bias(plain))
+]
+TWICE = [
+    products("two of one input", ["int4-b32-o8"] * 2),
+    products("two of one input, one token", ["int4-b32-o8"] * 2, length=1),
+    products("three of one input with biases", ["int4-b32-o8"] * 3, bias="abc"),
+]
+"""One operator for all of them."""
+APART = [
+    products("two of one input in other formats", ["int4-b32-o8", "int8-channel"]),
+    products("two of one input, one with a bias", ["int4-b32-o8"] * 2, bias="b"),
+    OpCase(
+        "MatMul", "one weight of two inputs", "t = Transpose <perm = [1, 0]> (w)\ny = MatMul (x, t)\n"
+        "s = Transpose <perm = [1, 0]> (v)\nz = MatMul (x, s)\nxx = Add (x, x)\nu = MatMul (xx, t)",
+        {"x": order_one(1, 3, 256)}, ("y", "z", "u"),
+        {"w": Weight((24, 256), "int4-b32-o8"), "v": Weight((32, 256), "int4-b32-o8")}, tolerance=1e-4,
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "shipped"])
+@pytest.mark.parametrize("case", [*SHIFTED, *TWICE, *APART], ids=str)
+def test_blocks_with_offsets_are_multiplied_as_they_are_stored(case: OpCase, exact: bool, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    plan = positive(plan)
+    artifact = compiled([model], plan, tmp_path / "out")
+    expected, got = oracle(case, model, plan), run(artifact, tmp_path / "out", case.inputs, exact=exact)
+    for name in case.outputs:
+        assert got[name].shape == expected[name].shape
+        if exact:
+            np.testing.assert_allclose(got[name], expected[name], atol=case.tolerance, rtol=1e-5)
+        noise = got[name] - expected[name]
+        assert np.sqrt(np.mean(noise**2)) < 0.015 * np.sqrt(np.mean(expected[name] ** 2))
+    for name, weight in artifact.weights.items():
+        with WeightReader() as reader:
+            rows = PlannedWeights(reader, model.weights, plan).stored_rows(name, 0, weight.shape[0])
+        held = storage.read_rows(tmp_path / "out", weight, 0, weight.shape[0])
+        np.testing.assert_array_equal(held, rows.reshape(held.shape))
+
+
+def operators(artifact: Artifact, folder: Path) -> dict[str, int]:
+    """How many operators of each kind the first graph has."""
+    from ai_edge_litert.schema_py_generated import BuiltinOperator
+
+    names = {code: name for name, code in vars(BuiltinOperator).items() if not name.startswith("_")}
+    model = opened_model(artifact, folder)
+    return Counter(names[model.operatorCodes[each.opcodeIndex].builtinCode] for each in model.subgraphs[0].operators)
+
+
+@pytest.mark.parametrize("case", [*TWICE, *APART], ids=str)
+def test_products_of_one_input_share_its_block_sums_and_where_they_can_one_operator(
+    case: OpCase, tmp_path: Path
+) -> None:
+    model, plan = build(case, tmp_path)
+    found = operators(compiled([model], positive(plan), tmp_path / "out"), tmp_path / "out")
+    by_input = 2 if "two inputs" in case.note else 1
+    assert found["SUM"] == by_input
+    shifted = [weight for weight in case.weights.values() if weight.format.endswith("-o8")]
+    together = 1 if case in TWICE else len(shifted) + (by_input - 1)
+    assert found["ADD"] == together + (by_input - 1)
+    assert found["FULLY_CONNECTED"] == 2 * together + ("other formats" in case.note)
+
+
+REFUSED = [
+    *(linear(f"{fmt} as a multiplication", fmt) for fmt in ("int4-b32-zp", "int4-b32-zp16", "int4-b32-o16")),
+    lookup("offsets in a table", "int4-b32-o8"),
+]
+
+
+@pytest.mark.parametrize("case", REFUSED, ids=str)
+def test_other_shifts_and_tables_with_offsets_are_refused(case: OpCase, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    (finding,) = litert.check(model, target(), positive(plan))
+    assert (finding.code, finding.where) == ("op-not-lowered", "w")
+    assert "int8 offsets" in finding.why
+
+
+def shifted(plan: QuantPlan) -> QuantPlan:
+    """The plan as this backend gets it, all multiplications in blocks of int4 with offsets."""
+    plan = positive(plan)
+    formats = {
+        name: replace(FORMATS[f"{fmt.name}-o8"], positive=True)
+        if plan.classes[name] == "linear" and fmt.bits == 4 and fmt.block
+        else fmt
+        for name, fmt in plan.formats.items()
+    }
+    return replace(plan, formats=formats)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "glm4"])  # qwen2 has biases
+def test_a_decoder_computes_with_offsets_what_the_canonical_graph_computes(name: str, zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced(name)
+    weights = stored_weights(found, "int4-b32", shifted)
+    artifacts = {}
+    for component in found.components():
+        plan = shifted(found.plan("int4-b32", component))
+        artifacts[component] = compiled(found.variants(component), plan, tmp_path)
+    assert any(weight.format.shift for weight in artifacts["decoder"].weights.values())
+    assert_built(tmp_path, artifacts, found, weights)
 
 
 # families
@@ -218,7 +352,6 @@ def test_the_fast_kernels_differ_by_the_rounding_of_activations_only(scheme: str
 
 
 def test_blocks_of_zeros_and_of_one_sign_get_scales_that_the_runtime_takes(tmp_path: Path) -> None:
-    from edgeexport.quant import FORMATS
     from edgeexport.quant.weights import dequantize_rows, quantize_rows
 
     rows = np.random.default_rng(3).standard_normal((6, 64), np.float32)

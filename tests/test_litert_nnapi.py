@@ -21,6 +21,7 @@ from graphs import (
     written,
 )
 from test_backend_ops import build, oracle
+from test_litert import shifted
 
 from edgeexport import targets
 from edgeexport.backends import litert_nnapi, litert_nnapi_runner
@@ -66,6 +67,16 @@ def test_every_family_and_scheme_computes_what_the_canonical_graph_computes(
         for component in found.components()
     }
     assert_built(tmp_path, artifacts, found, weights)
+
+
+def test_blocks_with_offsets_stay_on_the_processor_and_compute_the_same(zoo: Zoo, tmp_path: Path) -> None:
+    found = zoo.traced("llama")
+    artifact = compiled([found.model], shifted(found.plan("int4-b32")), tmp_path)
+    assert_built(tmp_path, {"decoder": artifact}, found, stored_weights(found, "int4-b32", shifted))
+    share = lint(tmp_path / "decoder.tflite", 6)[0]
+    refused = {op for op, _ in share.refused}
+    assert "FULLY_CONNECTED" in refused
+    assert "SUM" not in refused
 
 
 OWN = {row.op for row in litert_nnapi.OPS if row is not litert_nnapi.litert.OPS.get(row.op)}

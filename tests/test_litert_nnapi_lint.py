@@ -59,7 +59,7 @@ def example(op: str, dtype: str) -> Operation:
         inputs, made = (x, x), operand("bool")
     elif op == "CAST":
         inputs, made = (x,), operand("int8" if dtype == "int8" else "float32")
-    elif op in ("MEAN", "RESHAPE", "TRANSPOSE", "PAD", "GATHER"):
+    elif op in ("MEAN", "SUM", "RESHAPE", "TRANSPOSE", "PAD", "GATHER"):
         inputs = x, index
     elif op == "SPLIT":
         inputs = index, x
@@ -124,7 +124,7 @@ def test_int8_is_taken_from_the_level_of_the_delegate_on_and_versions_are_the_de
     assert found == INT8
     newest = {version: {row.op for row in TAKEN if row.version == version} for version in (1, 3, 5)}
     assert newest == {
-        1: {"DIV", "CAST", "ABS", "EXP", "RESHAPE", "EMBEDDING_LOOKUP"},
+        1: {"DIV", "CAST", "ABS", "EXP", "RESHAPE", "SUM", "EMBEDDING_LOOKUP"},
         3: {"SUB", "MAXIMUM", "MINIMUM", "SPLIT", "DEPTHWISE_CONV_2D"},
         5: {"FULLY_CONNECTED", "CONV_2D"},
     }

@@ -28,9 +28,11 @@ from graphs import (
     written,
 )
 from test_backend_ops import build, oracle
+from test_litert import APART, SHIFTED, TWICE, shifted
+from test_litert import REFUSED as UNSHIFTABLE
 
 from edgeexport import backends, errors
-from edgeexport.backends import tensorrt, tensorrt_engine, tensorrt_kit, tensorrt_runner
+from edgeexport.backends import storage, tensorrt, tensorrt_engine, tensorrt_kit, tensorrt_runner
 from edgeexport.backends.onnx_file import stem_of
 from edgeexport.backends.storage import Layout
 from edgeexport.backends.tensorrt_lowering import write
@@ -146,6 +148,45 @@ def test_every_op_computes_what_it_means(case: OpCase, dialect: str, tmp_path: P
         np.testing.assert_allclose(got[name], expected[name], atol=max(case.tolerance, 1e-4), rtol=1e-5)
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("case", [*SHIFTED, *TWICE, *APART], ids=str)
+def test_blocks_with_offsets_are_multiplied_as_they_are_stored(case: OpCase, dialect: str, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    plan = positive(plan)
+    assert tensorrt.check(model, target(), plan) == []
+    artifact = graphs_of([model], plan, tmp_path / "out", dialect)
+    expected = oracle(case, model, plan)
+    for exact, most in ((True, 1e-5), (False, 2e-3)):
+        graph = tensorrt_runner.open_graph(tmp_path / "out", artifact, threads=1, exact=exact)
+        got = graph.run(case.inputs)
+        for name in case.outputs:
+            np.testing.assert_allclose(got[name], expected[name], atol=most * abs(expected[name]).max(), rtol=0)
+    for name, weight in artifact.weights.items():
+        with WeightReader() as reader:
+            rows = PlannedWeights(reader, model.weights, plan).stored_rows(name, 0, weight.shape[0])
+        held = storage.read_rows(tmp_path / "out", weight, 0, weight.shape[0])
+        np.testing.assert_array_equal(held, rows.reshape(held.shape))
+
+
+@pytest.mark.parametrize("case", [*TWICE, *APART], ids=str)
+def test_products_of_one_input_share_its_block_sums(case: OpCase, tmp_path: Path) -> None:
+    import onnx
+
+    model, plan = build(case, tmp_path)
+    graphs_of([model], positive(plan), tmp_path / "out", "fused")
+    graph = onnx.load(tmp_path / "out" / "decoder.onnx", load_external_data=False).graph
+    assert [node.op_type for node in graph.node].count("ReduceSum") == (2 if "two inputs" in case.note else 1)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_decoder_computes_with_offsets_what_the_canonical_graph_computes(
+    dialect: str, zoo: Zoo, tmp_path: Path
+) -> None:
+    found = zoo.traced("qwen2")  # has biases
+    artifact = graphs_of([found.model], shifted(found.plan("int4-b32")), tmp_path, dialect)
+    assert_built(tmp_path, {"decoder": artifact}, found, stored_weights(found, "int4-b32", shifted))
+
+
 def test_an_old_parser_gets_no_op_that_it_does_not_know(zoo: Zoo, tmp_path: Path) -> None:
     import onnx
 
@@ -171,6 +212,14 @@ def test_formats_that_it_would_unpack_are_refused_before_a_weight_is_read(case: 
     (finding,) = tensorrt.check(model, target(), plan)
     assert finding.code == "op-not-lowered"
     assert "w" in finding.where and "--quant int4-b128" in finding.fix
+
+
+@pytest.mark.parametrize("case", UNSHIFTABLE, ids=str)
+def test_other_shifts_and_tables_with_offsets_are_refused(case: OpCase, tmp_path: Path) -> None:
+    model, plan = build(case, tmp_path)
+    (finding,) = tensorrt.check(model, target(), plan)
+    assert (finding.code, finding.where) == ("op-not-lowered", "w")
+    assert "no zero points" in finding.why
 
 
 def test_attention_in_float32_and_one_scale_per_row_of_int4_are_refused(zoo: Zoo) -> None:
@@ -269,6 +318,17 @@ def test_an_engine_keeps_a_weight_as_small_as_it_is_stored(fmt: Format, tmp_path
     )
     beside = (tmp_path / "out" / "decoder.engine").stat().st_size - fmt.nbytes((1024, 1024))
     assert 0 < beside < 400_000  # kernels: unpacked to the next larger format, it would be 500,000 more
+
+
+def test_an_engine_keeps_offsets_as_small_as_they_are_stored(tmp_path: Path) -> None:
+    fmt, beside = FORMATS["int4-b32-o8"], []
+    for width in (1024, 2048):
+        folder = tmp_path / str(width)
+        folder.mkdir()
+        model, plan = build(linear("large", fmt.name, rows=1024, width=width), folder)
+        written(backends.load("tensorrt"), [model], target(sm="89 120"), positive(plan), folder / "out")
+        beside.append((folder / "out" / "decoder.engine").stat().st_size - fmt.nbytes((1024, width)))
+    assert abs(beside[1] - beside[0]) < 4_000  # offsets in float16 would be 32,768 more
 
 
 def test_the_oldest_capability_has_a_file_of_its_own(zoo: Zoo, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ __all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 LEAST_WINDOW = 128
 """Slots below which a smaller window saves nothing."""
 FORMAT_FIX = "choose --quant int8"
+MULTIPLIED = frozenset({"linear", "encoder", "lm_head"})
+"""Classes of weights that may be moved by offsets: a lookup would have to add them."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ def refused_formats(plan: QuantPlan, backend: str, *, gpu: bool = False) -> list
     for name, fmt in plan.formats.items():
         if fmt.block and (gpu or fmt.bits != 4):
             why = "the GPU delegate takes no blocks" if gpu else "the runtime shares scales in blocks of int4 alone"
+            refused.setdefault((f"weights in {fmt.name}", why), []).append(name)
+        elif fmt.shift and (fmt.shift != "int8" or plan.classes[name] not in MULTIPLIED):
+            why = "blocks have int8 offsets alone beside a scale, and those of multiplications alone"
             refused.setdefault((f"weights in {fmt.name}", why), []).append(name)
         elif gpu and fmt.name == "fp16" and plan.classes[name] == "embedding":
             why = "the GPU delegate looks up no float16 rows"
@@ -231,4 +236,4 @@ def specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
 
 
-TRAITS = Traits(positive_scales=True, package=write_package)
+TRAITS = Traits(positive_scales=True, shifts=("int8",), package=write_package)

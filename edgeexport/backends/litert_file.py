@@ -2,20 +2,22 @@
 
 Weights and constants lie behind the flatbuffer, at `Buffer.offset`, so that the file may exceed the flatbuffer's 2 GB
 and no weight passes through it. The one exception is the format's own: scales of one per row are a vector inside the
-flatbuffer, left empty when it is packed and filled as the rows stream by.
+flatbuffer, left empty when it is packed and filled as the rows stream by. Those of a shifted weight's offsets are
+streamed as float16 to a place that no buffer names, and widened into their vector from there.
 
 Source: the schema, tflite/schema/schema.fbs of LiteRT 2.3.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
+from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.core import Array, Format, Progress, StoredWeight, WeightSource
 
@@ -37,19 +39,41 @@ class Tensor:
     dtype: str
 
 
+Parts = Mapping[str, tuple[int, ...]]
+"""Weights of one format and width by name, each with its shape: a stack of rows."""
+Buffer = Literal["rows", "scales", "offsets"]
+"""What a buffer holds of a weight."""
+
+
 @dataclass(eq=False)
 class _Weight:
-    """One weight of the file: the buffers of its rows and, where blocks share them, of its scales."""
+    """One weight of the file, or several in one stack: the buffers of the rows and, where blocks have them, of
+    their scales and offsets."""
 
-    name: str
+    parts: Parts
     shape: tuple[int, ...]
+    """Of the whole stack."""
     format: Format
     order: tuple[int, ...]
     rows: int
     scales: int = 0
     per_row: _PerRow | None = None
+    offsets: int = 0
+    offset_scales: _PerRow | None = None
     turned: Array | None = None
     """Rows that are stored with the other sign, and so are their scales."""
+
+    @property
+    def count(self) -> int:
+        """Its rows."""
+        return self.shape[0] if self.shape else 1
+
+    def starts(self) -> Iterator[tuple[str, tuple[int, ...], int]]:
+        """Name, shape and first row of each weight."""
+        start = 0
+        for name, shape in self.parts.items():
+            yield name, shape, start
+            start += shape[0] if shape else 1
 
 
 class _PerRow:
@@ -86,10 +110,10 @@ class ModelFile:
 
         self.name = name
         self.schema = schema
-        self.buffers: list[Array | tuple[_Weight, bool] | None] = [None]
-        """By index: a constant, or a weight's rows (False) or scales (True). The first is empty by convention."""
+        self.buffers: list[Array | tuple[_Weight, Buffer] | None] = [None]
+        """By index: a constant, or a part of a weight. The first is empty by convention."""
         self._constants: dict[tuple[str, bytes], int] = {}
-        self._weights: dict[str, _Weight] = {}
+        self._weights: dict[tuple[str, ...], _Weight] = {}
         self._zeros: dict[int, tuple[Any, int]] = {}
         self._codes: dict[tuple[str, int], int] = {}
         self._graphs: list[Any] = []
@@ -113,16 +137,26 @@ class ModelFile:
         """The weight of this name, entered when it is first asked for, its axes in the file in this order. With
         `turned`, which rows of int8 are stored with the other sign, its scales have a buffer of their own: what the
         graph multiplies by is then up to the caller."""
-        if name not in self._weights:
-            weight = self._weights[name] = _Weight(name, shape, fmt, order, len(self.buffers))
-            self.buffers.append((weight, False))
+        return self.stack({name: shape}, fmt, order, turned)
+
+    def stack(self, parts: Parts, fmt: Format, order: tuple[int, ...] = (), turned: Array | None = None) -> _Weight:
+        """As `weight`, of several whose rows lie one after the other; a weight lies in one stack alone."""
+        key, shapes = tuple(parts), list(parts.values())
+        if key not in self._weights:
+            assert not any(set(key).intersection(known) for known in self._weights), "a weight lies in one stack"
+            shape = shapes[0] if len(parts) == 1 else (sum(each[0] for each in shapes), *shapes[0][1:])
+            weight = self._weights[key] = _Weight(parts, shape, fmt, order, len(self.buffers))
+            self.buffers.append((weight, "rows"))
             if fmt.integer and (fmt.block or turned is not None):
                 weight.turned = turned
                 weight.scales = len(self.buffers)
-                self.buffers.append((weight, True))
+                self.buffers.append((weight, "scales"))
             elif fmt.integer:
                 weight.per_row = _PerRow(shape[0], self._zeros)
-        return self._weights[name]
+            if fmt.shift:
+                weight.offsets, weight.offset_scales = len(self.buffers), _PerRow(shape[0], self._zeros)
+                self.buffers.append((weight, "offsets"))
+        return self._weights[key]
 
     def code(self, op: str, version: int) -> int:
         """Index of an operator of this version; one op may be there in several."""
@@ -165,11 +199,27 @@ class ModelFile:
         assert len(data) == head, "offsets have a fixed width"
         for weight in self._weights.values():
             if weight.per_row is not None:
-                stored = layout.weights[weight.name]
-                layout.weights[weight.name] = replace(stored, scales_offset=head - weight.per_row.at)
+                for name, _, start in weight.starts():
+                    at = head - weight.per_row.at + 4 * start
+                    layout.weights[name] = replace(layout.weights[name], scales_offset=at)
         layout.constants[""] = 0, np.frombuffer(data, np.uint8)
         storage.write(folder, layout, source, progress)
+        self._widen_offset_scales(folder, layout, head)
         return layout.weights
+
+    def _widen_offset_scales(self, folder: Path, layout: storage.Layout, head: int) -> None:
+        """Fill the flatbuffer's vectors for offsets with the float16 scales that lie in the file by now."""
+        try:
+            with (folder / self.name).open("r+b") as file:
+                for weight in self._weights.values():
+                    if weight.offset_scales is None:
+                        continue
+                    file.seek(layout.weights[next(iter(weight.parts))].shift_scales_offset)
+                    scales = np.frombuffer(file.read(2 * weight.shape[0]), np.float16)
+                    file.seek(head - weight.offset_scales.at)
+                    file.write(scales.astype(np.float32).tobytes())
+        except OSError as problem:
+            raise errors.output_not_writable(folder, str(problem)) from problem
 
     def _layout(self, head: int) -> tuple[storage.Layout, list[tuple[int, int]]]:
         """Where everything will lie behind a flatbuffer of `head` bytes, and (offset, size) of every buffer."""
@@ -186,15 +236,26 @@ class ModelFile:
             if isinstance(held, np.ndarray):
                 layout.constants[f"buffer.{len(places) - 1}"] = offset, held
         for weight in self._weights.values():
-            fmt = weight.format
-            scales = places[weight.scales][0] if weight.scales else -1
-            layout.weights[weight.name] = StoredWeight(
-                self.name, places[weight.rows][0], scales, fmt, weight.shape, signed=True,
-                scale_bits=32 if weight.per_row else 16, order=weight.order,
+            self._place(weight, layout, places)
+        return layout, places
+
+    def _place(self, weight: _Weight, layout: storage.Layout, places: Sequence[tuple[int, int]]) -> None:
+        """Enter the weights of a stack, whose buffers are at these places."""
+        fmt, halves = weight.format, layout.size
+        if fmt.shift:
+            layout.size += 2 * weight.shape[0]
+
+        def at(buffer: int, row: int) -> int:
+            return places[buffer][0] + row * places[buffer][1] // weight.count if buffer else -1
+
+        for name, shape, start in weight.starts():
+            layout.weights[name] = StoredWeight(
+                self.name, at(weight.rows, start), at(weight.scales, start), fmt, shape, signed=True,
+                scale_bits=32 if weight.per_row else 16, order=weight.order, shift_offset=at(weight.offsets, start),
+                shift_scales_offset=halves + 2 * start if fmt.shift else -1,
             )  # fmt: skip
             if weight.turned is not None:
-                layout.turned[weight.name] = weight.turned
-        return layout, places
+                layout.turned[name] = weight.turned
 
     def _pack(self, places: Sequence[tuple[int, int]]) -> bytes:
         import flatbuffers
@@ -217,16 +278,18 @@ class ModelFile:
         return bytes(builder.Output())
 
 
-def _size(held: Array | tuple[_Weight, bool] | None) -> int:
+def _size(held: Array | tuple[_Weight, Buffer] | None) -> int:
     """Bytes of a buffer."""
     if held is None:
         return 0
     if isinstance(held, np.ndarray):
         return held.nbytes
-    weight, scales = held
-    rows = weight.shape[0] if weight.shape else 1
-    width = int(np.prod(weight.shape[1:], dtype=np.int64))
-    return rows * (2 * storage.blocks(width, weight.format) if scales else storage.row_bytes(width, weight.format))
+    weight, kind = held
+    rows = weight.count
+    width, fmt = int(np.prod(weight.shape[1:], dtype=np.int64)), weight.format
+    if kind == "rows":
+        return rows * storage.row_bytes(width, fmt)
+    return rows * (2 * storage.blocks(width, fmt) if kind == "scales" else storage.row_shift_bytes(width, fmt))
 
 
 @dataclass(eq=False)
@@ -310,12 +373,16 @@ class Graph:
     ) -> Tensor:
         """A weight of the file as a tensor of this graph, with its quantisation; its axes in this order, and of the
         shape `seen` where that is not the one they have then. One seen in two shapes is two tensors of one buffer."""
-        key = "weight", name, seen or shape
+        return self.stack({name: shape}, fmt, order, seen)
+
+    def stack(self, parts: Parts, fmt: Format, order: tuple[int, ...] = (), seen: tuple[int, ...] = ()) -> Tensor:
+        """As `weight`, of several whose rows lie one after the other: one matrix, or one vector."""
+        name, held = "+".join(parts), self.file.stack(parts, fmt, order)
+        key = "weight", name, seen or held.shape
         if key not in self.shared:
             called = f"{name}.{len(seen)}" if any(known[:2] == key[:2] for known in self.shared) else name
-            schema, held = self.file.schema, self.file.weight(name, shape, fmt, order)
+            schema, shape = self.file.schema, seen or held.shape
             assert held.order == order, "one kernel has one use"
-            shape = seen or shape
             quantization: Any = held.per_row
             if held.scales:
                 scales = self.tensor(
@@ -327,6 +394,15 @@ class Graph:
                 )
             dtype = f"int{fmt.bits}" if fmt.integer else f"float{fmt.bits}"
             self.shared[key] = self.tensor(shape, dtype, called, held.rows, quantization)
+        return self.shared[key]
+
+    def offsets(self, parts: Parts, fmt: Format) -> Tensor:
+        """What is added to the blocks of a stack in a format that has offsets: int8 [rows, blocks], as stored."""
+        name, held = "+".join(parts), self.file.stack(parts, fmt)
+        key = "offsets", name
+        if key not in self.shared:
+            shape = held.shape[0], storage.blocks(held.shape[1], fmt)
+            self.shared[key] = self.tensor(shape, "int8", f"{name}.offsets", held.offsets, held.offset_scales)
         return self.shared[key]
 
     def is_stored(self, tensor: Tensor) -> bool:

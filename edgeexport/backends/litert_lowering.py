@@ -102,19 +102,30 @@ class Lowering:
         """A weight as it is stored."""
         return self.graph.weight(name, self.model.weights[name].shape, self.plan.formats[name])
 
+    def stack(self, names: Sequence[str]) -> Tensor:
+        """Weights of one format as they are stored, their rows one after the other."""
+        return self.graph.stack(self._parts(names), self.plan.formats[names[0]])
+
+    def offsets(self, names: Sequence[str]) -> Tensor:
+        """What is added to the blocks of such a stack, of a shifted format: int8 [rows, blocks], as stored."""
+        return self.graph.offsets(self._parts(names), self.plan.formats[names[0]])
+
+    def _parts(self, names: Sequence[str]) -> dict[str, tuple[int, ...]]:
+        return {name: self.model.weights[name].shape for name in names}
+
     def row_kernel(self, name: str) -> Tensor:
         """A matrix as it is stored, as the kernel of a convolution of 1 x 1: [outputs, 1, 1, inputs]."""
         shape = self.model.weights[name].shape
         return self.graph.weight(name, shape, self.plan.formats[name], (), (shape[0], 1, 1, shape[1]))
 
-    def float_weight(self, name: str) -> Tensor:
-        """A weight as float32: as it is, or widened when the runtime reads it (float16 once, when it opens the file;
-        integers each time)."""
-        held = self.weight(name)
+    def float_weight(self, *names: str) -> Tensor:
+        """A weight as float32, or a stack of them: as stored, or widened when the runtime reads it (float16 once, when
+        it opens the file; integers each time)."""
+        held = self.stack(names)
         if held.dtype == "float32":
             return held
-        widen = self.dequantised if self.plan.formats[name].integer else self.widened
-        return self.once(("wide", name), lambda: widen(held))
+        widen = self.dequantised if self.plan.formats[names[0]].integer else self.widened
+        return self.once(("wide", names), lambda: widen(held))
 
     def kernel(self, name: str) -> Tensor:
         """A convolution's kernel as float32 [outputs, height, width, inputs], as it is stored; of height 1 for one
@@ -177,6 +188,18 @@ class Lowering:
             "SLICE", [x, self.integers(*begin), self.integers(*size)], size, "SliceOptions", dtype=x.dtype
         )
 
+    def block_sums(self, x: Tensor, block: int) -> Tensor:
+        """The sum of each block of the last axis, made once for all who ask."""
+        rows, count = x.shape[:-1], x.shape[-1] // block
+
+        def make() -> Tensor:
+            flat = rows if len(rows) < MOST_AXES - 1 else (int(np.prod(rows, dtype=np.int64)),)
+            parts, last = self.reshape(x, (*flat, count, block)), self.integers(len(flat) + 1)
+            made = self.graph.emit("SUM", [parts, last], (*flat, count), "ReducerOptions", keepDims=False)
+            return self.reshape(made, (*rows, count))
+
+        return self.once(("block sums", x, block), make)
+
     def concat(self, parts: Sequence[Tensor], axis: int) -> Tensor:
         """Parts one after the other along an axis."""
         if len(parts) == 1:
@@ -214,6 +237,8 @@ class Lowering:
             self.learn(value, np.asarray(array))
 
 
+MOST_AXES = 4
+"""Of any tensor: the GPU delegate takes no more."""
 LOOKUP_VERSION = 4
 """EMBEDDING_LOOKUP of integer rows. Source: LiteRT's op_version.cc."""
 

@@ -63,7 +63,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(schemes=(STATIC,), positive_scales=True)
+TRAITS = Traits(schemes=(STATIC,), positive_scales=True, shifts=("int8",))
 
 
 def versions() -> dict[str, str]:

@@ -324,6 +324,8 @@ _ROWS = (
     Row("MEAN", "MEAN", 2, {2: "float32", 3: "int8"},
         "Validate, AddOpsAndTensors (another scale of the output: by an ADD); header MEAN; LegacyUtils.cpp",
         limits=(_integers(1),), scalars=(1,)),
+    Row("SUM", "REDUCE_SUM", 1, {3: "float32"}, "Validate; header REDUCE_SUM; ReduceValidation.cpp",
+        limits=(_integers(1, constant=False),)),
     Row("SOFTMAX", "SOFTMAX", 2, {1: "float32 int8"}, "Validate; header SOFTMAX; SoftmaxValidation.cpp",
         limits=(_softmax, _scale_of_256)),
     Row("RESHAPE", "RESHAPE", 1, {1: "float32 int8", 6: "int32"}, "Validate; header RESHAPE; LegacyUtils.cpp",

@@ -1,6 +1,7 @@
 """The op table of LiteRT: the dialect as TensorFlow Lite's built-in operators, float32 and int32, at most four axes.
 
     MatMul by a weight              ->  FULLY_CONNECTED, int4 and int8 weights as they are (dynamic range)
+    ... whose blocks have offsets   ->  another one, of the sums of the input's blocks by the offsets, and ADD
     Gather from a weight            ->  EMBEDDING_LOOKUP on the same bytes: a tied table is stored once
     Attention                       ->  heads that share a key become rows of one BATCH_MATMUL; one mask for all layers
     TensorScatter                   ->  DYNAMIC_UPDATE_SLICE, in place where the caller binds one buffer to both sides
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeexport.backends.optable import OpTable
-from edgeexport.canonical.dialect import attribute, constant, linear, stored
+from edgeexport.canonical.dialect import Linear, attribute, constant, linear, stored
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from edgeexport.core import Array, Format
 
 OPS = OpTable("litert")
+INT8_VERSION = 12
+"""Of FULLY_CONNECTED by int8 with a scale per row."""
 HIDDEN = -1e9
 """What is added to the score of a key that must not be attended to: exp of it is 0 in float32, and no infinity that
 would make NaN of a row."""
@@ -294,7 +297,7 @@ def slice_(node: ir.Node, ctx: Lowering) -> None:
 # weights
 
 
-@OPS.lower("MatMul", note="FULLY_CONNECTED by a weight, BATCH_MATMUL of two activations")
+@OPS.lower("MatMul", note="FULLY_CONNECTED by a weight and by its blocks' offsets, BATCH_MATMUL of two activations")
 def matmul(node: ir.Node, ctx: Lowering) -> None:
     """MatMul(A, B)"""
     found = linear(node)
@@ -304,32 +307,81 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
         sizes = (*batch, x.shape[-2], y.shape[-1])
         ctx.tensors[node.outputs[0]] = ctx.graph.emit("BATCH_MATMUL", [x, y], sizes, "BatchMatMulOptions")
         return
-    name = str(found.weight.name)
-    fmt = ctx.format_of(name)
-    x, weight = ctx.value(found.input), ctx.weight(name) if fmt.integer else ctx.float_weight(name)
-    bias, output = bias_of(found.output, ctx)
-    made = ctx.graph.emit(
+    if found.output in ctx.tensors:
+        return  # made with its siblings
+    members = _siblings(found, ctx)
+    names = [str(member.weight.name) for member in members]
+    x, fmt = ctx.value(found.input), ctx.format_of(names[0])
+    weight = ctx.stack(names) if fmt.integer else ctx.float_weight(*names)
+    biases = [bias_behind(member.output, ctx) for member in members]
+    added = [name for name, _ in biases if name is not None]
+    made = _multiplied(ctx, x, weight, ctx.float_weight(*added) if added else None, _linear_version(fmt))
+    if fmt.shift:
+        sums, offsets = ctx.block_sums(x, fmt.block), ctx.offsets(names)
+        made = ctx.binary("ADD", made, _multiplied(ctx, sums, offsets, None, INT8_VERSION))
+    start = 0
+    for member, (_, output) in zip(members, biases, strict=True):
+        rows = ctx.model.weights[str(member.weight.name)].shape[0]
+        ctx.tensors[member.output] = ctx.tensors[output] = ctx.slice(made, len(made.shape) - 1, start, start + rows)
+        start += rows
+
+
+def _multiplied(ctx: Lowering, x: Tensor, weight: Tensor, bias: Tensor | None, version: int) -> Tensor:
+    """x times the rows of a weight, and a bias."""
+    return ctx.graph.emit(
         "FULLY_CONNECTED", [x, weight, bias], (*x.shape[:-1], weight.shape[0]), "FullyConnectedOptions",
-        version=_linear_version(fmt), keepNumDims=True, asymmetricQuantizeInputs=False,
+        version=version, keepNumDims=True, asymmetricQuantizeInputs=False,
     )  # fmt: skip
-    ctx.tensors[found.output] = ctx.tensors[output] = made
+
+
+def _siblings(found: Linear, ctx: Lowering) -> list[Linear]:
+    """A multiplication by a shifted weight, and all others of the same input by weights of its format: one operator
+    for all of them. Each one wakes the threads, and there are two where blocks have offsets."""
+
+    def kind(each: Linear) -> tuple[Format, Format | None]:
+        bias, _ = bias_behind(each.output, ctx)
+        return ctx.format_of(str(each.weight.name)), None if bias is None else ctx.format_of(bias)
+
+    def is_apart(each: Linear) -> bool:
+        bias, _ = bias_behind(each.output, ctx)
+        held = ctx.model.graph.graph.initializers
+        return _read_once(each.weight) and (bias is None or _read_once(held[bias]))
+
+    wanted = kind(found)
+    if not wanted[0].shift or not is_apart(found):
+        return [found]
+    others = [linear(user) for user, _ in found.input.uses()]
+    return [each for each in others if each is not None and kind(each) == wanted and is_apart(each)]
+
+
+def _read_once(weight: ir.Value) -> bool:
+    """Whether nothing else reads a weight, nor what it is cast or transposed to."""
+    users = [user for user, _ in weight.uses()]
+    read = len(users) == 1
+    return read and (users[0].op_type not in ("Cast", "Transpose") or _read_once(users[0].outputs[0]))
 
 
 def _linear_version(fmt: Format) -> int:
     """The least version of FULLY_CONNECTED, with the axes of its input kept, that takes this weight."""
     if not fmt.integer:
         return 5
-    return 13 if fmt.block else 12 if fmt.bits == 8 else 10
+    return 13 if fmt.block else INT8_VERSION if fmt.bits == 8 else 10
 
 
 def bias_of(output: ir.Value, ctx: Lowering) -> tuple[Tensor | None, ir.Value]:
     """The bias that is added to a multiplication and to nothing else, and the sum; or None and the output itself."""
+    name, added = bias_behind(output, ctx)
+    return None if name is None else ctx.float_weight(name), added
+
+
+def bias_behind(output: ir.Value, ctx: Lowering) -> tuple[str | None, ir.Value]:
+    """As `bias_of`, the bias by its name."""
     users = [user for user, _ in output.uses()]
     if len(users) == 1 and users[0].op_type == "Add" and not output.is_graph_output():
         other = next((value for value in users[0].inputs if value is not output), None)
         name = ctx.weight_of(other)
         if name is not None and len(ctx.model.weights[name].shape) == 1 and not ctx.format_of(name).integer:
-            return ctx.float_weight(name), users[0].outputs[0]
+            return name, users[0].outputs[0]
     return None, output
 
 

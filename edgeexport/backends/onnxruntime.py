@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeexport import errors
 from edgeexport.backends import onnx_file, storage
-from edgeexport.backends.onnxruntime_ops import OPS
+from edgeexport.backends.onnxruntime_ops import OPS, refuse_shifts
 from edgeexport.backends.onnxruntime_runner import STEP
 from edgeexport.backends.tools import versions_of
 from edgeexport.core import (
@@ -39,7 +39,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits()
+TRAITS = Traits(shifts=("int8", "zero"), int8_blocks=True)
 
 
 def versions() -> dict[str, str]:
@@ -48,8 +48,9 @@ def versions() -> dict[str, str]:
 
 
 def check(model: CanonicalModel, target: Target, plan: QuantPlan) -> list[Finding]:
-    """Every node that the table refuses or does not know, all at once. Pure; no SDK."""
-    return OPS.check(model.graph.graph)
+    """Every node that the table refuses or does not know, and every weight in blocks that no kernel reads, all at once.
+    Pure; no SDK."""
+    return [*OPS.check(model.graph.graph), *refuse_shifts(model.graph.graph, plan)]
 
 
 def compile(

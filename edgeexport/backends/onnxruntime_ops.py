@@ -2,6 +2,7 @@
 
     Attention + TensorScatter + RotaryEmbedding  ->  GroupQueryAttention, cache updated in place
     MatMul by int4 or int8 weights               ->  MatMulNBits, one for all that share an input
+    MatMul by int4 weights with int8 offsets     ->  the same, and one of 8 bits over the input's block sums
     MatMul by a float weight                     ->  FusedMatMul (transB), so that no weight is transposed
     Gather from an integer table                 ->  GatherBlockQuantized
     Add, RMSNormalization                        ->  SkipSimplifiedLayerNormalization
@@ -11,11 +12,13 @@ Source of the contrib ops' contracts: onnxruntime docs/ContribOperators.md, vers
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from edgeexport import errors
 from edgeexport.backends.optable import OpTable
 from edgeexport.canonical.dialect import attribute, linear, stored
-from edgeexport.core import Format
+from edgeexport.core import Finding, Format, QuantPlan, Shift
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -26,6 +29,9 @@ MS = "com.microsoft"
 BLOCK_SIZES = (128, 64, 32, 16)
 """What MatMulNBits is given for one scale per row: the largest of these that divides the width; the scale is
 repeated for each block when the session is created, never on disk."""
+
+SHIFTS: dict[str, tuple[Shift, ...]] = {"MatMul": ("", "int8", "zero"), "Gather": ("", "zero")}
+"""What the blocks of a weight may have beside a scale, by the op that reads it."""
 
 OPS = OpTable("onnxruntime")
 OPS.native(
@@ -124,7 +130,10 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
     packed = ctx.packed_rows(f"{name}.packed", at, (rows, width // block, block * fmt.bits // 8))
     scales = ctx.scales(name, scales_at, rows, width, fmt, block)
     settings = {"K": width, "N": rows, "bits": fmt.bits, "block_size": block, "accuracy_level": ctx.accuracy_level}
-    out = ctx.emit("MatMulNBits", [x, packed, scales], settings, MS, name=node.name or "")
+    zeros = ctx.zero_points(name, rows, width // block)
+    out = ctx.emit("MatMulNBits", [x, packed, scales, *zeros], settings, MS, name=node.name or "")
+    if fmt.shift == "int8":
+        out = ctx.emit("Add", [out, ctx.times_offsets(x, name, rows, width // block, block)])
     if len(members) == 1:
         ctx.values[found.output] = out
         return
@@ -154,7 +163,22 @@ def gather(node: ir.Node, ctx: Lowering) -> None:
     scales = ctx.scales(name, scales_at, rows, width, fmt, block)
     settings = {"gather_axis": 0, "quantize_axis": 1, "block_size": block, "bits": fmt.bits}
     indices = ctx.value(node.inputs[1])
-    ctx.values[node.outputs[0]] = ctx.emit("GatherBlockQuantized", [data, indices, scales], settings, MS)
+    zeros = ctx.zero_points(name, rows, width // block)
+    ctx.values[node.outputs[0]] = ctx.emit("GatherBlockQuantized", [data, indices, scales, *zeros], settings, MS)
+
+
+def refuse_shifts(nodes: Iterable[ir.Node], plan: QuantPlan) -> list[Finding]:
+    """One finding for each weight whose blocks have zero points or offsets that the op which reads it cannot add."""
+    findings = []
+    for node in nodes:
+        item = linear(node)
+        weight = item.weight if item is not None else stored(node.inputs[0]) if node.op_type == "Gather" else None
+        fmt = plan.formats.get(str(weight.name)) if weight is not None else None
+        if fmt is not None and fmt.shift not in SHIFTS[node.op_type]:
+            why = f"no kernel of {node.op_type} reads {fmt.name}"
+            fix = "plan another format for this weight: see `SHIFTS` in onnxruntime_ops.py"
+            findings.append(errors.op_not_lowered(OPS.backend, node.op_type, node.name or "", why, fix))
+    return findings
 
 
 @OPS.lower("RMSNormalization", note="SkipSimplifiedLayerNormalization where a residual is added just before")
@@ -165,7 +189,7 @@ def rms_norm(node: ir.Node, ctx: Lowering) -> None:
     epsilon = {"epsilon": attribute(node, "epsilon", 1e-5)}
     weight = ctx.value(scale)
     add = x.producer()
-    residual = ctx.values[x].producer() if add is not None and x in ctx.values else None
+    residual = ctx.values[x].producer() if add is not None and add.op_type == "Add" and x in ctx.values else None
     unread = residual is not None and not residual.outputs[0].uses()
     if residual is not None and unread and residual.op_type == "Add" and add is not None and _is_residual(add):
         ctx.nodes.remove(residual)

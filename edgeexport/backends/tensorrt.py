@@ -66,7 +66,13 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(schemes=("fp8",), positive_scales=True, widens=1 << 62, compiler=2.5)  # 2.2: see docs/tensorrt.md
+TRAITS = Traits(
+    schemes=("fp8",),
+    positive_scales=True,
+    shifts=("int8",),
+    widens=1 << 62,
+    compiler=2.5,  # 2.2: see docs/tensorrt.md
+)
 
 
 def versions() -> dict[str, str]:

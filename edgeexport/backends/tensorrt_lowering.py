@@ -141,6 +141,24 @@ class Lowering:
             self._integer[name] = self.emit("DequantizeLinear", [values, scales], how, name=f"{name}/dequantized")
         return self._integer[name]
 
+    def offsets(self, name: str) -> ir.Value:
+        """What is added to the blocks of a shifted weight, dequantised: [rows, blocks]."""
+        rows, width = self.model.weights[name].shape
+        self._laid_out(name)
+        at = self.layout.weights[name]
+        held = self._external(f"{name}/offsets", at.shift_offset, (rows, width // at.format.block), ir.DataType.INT8)
+        scales = self._external(f"{name}/offset_scales", at.shift_scales_offset, (rows,), HALF)
+        return self.once(("offsets", name), "DequantizeLinear", [held, scales], axis=0)
+
+    def block_sums(self, old: ir.Value, block: int) -> ir.Value:
+        """The sums of the last axis' blocks, added up in float32; made once for all who ask."""
+        assert old.shape is not None and isinstance(old.shape[-1], int), "what a weight multiplies has its width"
+        wide, axes = self.wide(old), len(old.shape)
+        blocks = self.whole(*[0] * (axes - 1), old.shape[-1] // block, block)
+        parts = self.once(("blocks", wide, block), "Reshape", [wide, blocks])
+        sums = self.once(("sums", wide, block), "ReduceSum", [parts, self.whole(axes)], keepdims=0)
+        return self.once(("block sums", wide, block), "Cast", [sums], to=HALF)
+
     def integer_weight(self, name: str) -> tuple[ir.Value, ir.Value]:
         """(integers or float8s [rows, width], float16 scales [rows] or [rows, blocks]) as they lie in the file."""
         shape, fmt = self.model.weights[name].shape, self.plan.formats[name]

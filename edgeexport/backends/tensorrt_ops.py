@@ -4,7 +4,8 @@
     Attention          ->  IAttention (repaired after parsing, see tensorrt_engine.py), or MatMul, Softmax and an
                            explicit mask
     RMSNormalization   ->  in float32, between two Casts; as multiplications and a mean where there is no such op
-    MatMul by a weight ->  DequantizeLinear of its integers, Transpose, MatMul
+    MatMul by a weight ->  DequantizeLinear of its integers, Transpose, MatMul; where its blocks have offsets, the same
+                           of these by the sums of the input's blocks, and Add
 
 Source: the operator tables of onnx-tensorrt (docs/operators.md) and TensorRT's support matrix.
 """
@@ -225,7 +226,7 @@ def conv(node: ir.Node, ctx: Lowering) -> None:
     ctx.values[node.outputs[0]] = done
 
 
-@OPS.lower("MatMul", note="by DequantizeLinear of a weight's integers, transposed")
+@OPS.lower("MatMul", note="by DequantizeLinear of a weight's integers, and of its blocks' offsets, transposed")
 def matmul(node: ir.Node, ctx: Lowering) -> None:
     """MatMul(A, B)"""
     found = linear(node)
@@ -234,7 +235,14 @@ def matmul(node: ir.Node, ctx: Lowering) -> None:
         return
     weight = ctx.weight(found.weight)
     turned = ctx.once(("turned", weight), "Transpose", [weight], perm=[1, 0])
-    ctx.values[found.output] = ctx.emit("MatMul", [ctx.value(found.input), turned], name=node.name or "")
+    fmt, product = ctx.plan.formats[str(found.weight.name)], [ctx.value(found.input), turned]
+    if not fmt.shift:
+        ctx.values[found.output] = ctx.emit("MatMul", product, name=node.name or "")
+        return
+    offsets = ctx.offsets(str(found.weight.name))
+    moved = [ctx.block_sums(found.input, fmt.block), ctx.once(("turned", offsets), "Transpose", [offsets], perm=[1, 0])]
+    both = [ctx.emit("MatMul", product), ctx.emit("MatMul", moved)]
+    ctx.values[found.output] = ctx.emit("Add", both, name=node.name or "")
 
 
 @OPS.lower("Split", note="without num_outputs in old versions")

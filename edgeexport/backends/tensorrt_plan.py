@@ -22,6 +22,8 @@ USUAL = 32
 """Tokens of a prompt that kernels are chosen for, where a range is given."""
 INT4_BLOCKS = (32, 64, 128)
 """Weights that may share a scale: what builds."""
+MULTIPLIED = frozenset({"linear", "encoder", "lm_head"})
+"""Classes of weights that may be moved by offsets: a lookup would have to add them."""
 
 FIX_PRECISION = 'set precision = "float16" in the target file'
 FIX_FORMAT = "choose --quant int4-b128, int8 or fp16"
@@ -108,6 +110,8 @@ def _weight_reasons(model: CanonicalModel, plan: QuantPlan) -> dict[str, tuple[s
             why = "it unpacks blocks of int8 into float16"
         elif fmt.integer and fmt.bits == 4 and fmt.block not in INT4_BLOCKS:
             why = f"int4 needs one scale for each {', '.join(map(str, INT4_BLOCKS))} weights"
+        elif fmt.shift and (fmt.shift != "int8" or plan.classes[name] not in MULTIPLIED):
+            why = "its blocks of int4 have no zero points, and int8 offsets where they are multiplied by alone"
         if why:
             found.setdefault(fmt.name, (why, []))[1].append(name)
     return found

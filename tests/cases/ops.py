@@ -297,3 +297,33 @@ OPS: list[OpCase] = [
     OpCase("Transpose", "of an activation", "y = Transpose <perm = [0, 2, 1, 3]> (x)", {"x": normal(1, 3, 4, 8)}),
     OpCase("Unsqueeze", "at the end", "y = Unsqueeze (x, axes)", {"x": ints(4)}, constants={"axes": ints(1)}),
 ]  # fmt: skip
+
+
+SHIFTED: list[OpCase] = [
+    *(
+        linear(f"a weight in {name}, {length} of {width}", name, width=width, length=length)
+        for name, width in (
+            ("int4-b32-zp", 256), ("int4-b32-zp", 576), ("int4-b32-zp", 1536), ("int4-b64-zp", 576),
+            ("int4-b128-zp", 256), ("int4-b128-zp", 1536),
+            ("int4-b32-o8", 256), ("int4-b32-o8", 576), ("int4-b32-o8", 1536), ("int4-b128-o8", 256),
+        )
+        for length in (1, 3)
+    ),
+    linear("a weight in int8-b16", "int8-b16"),
+    *(lookup(f"from a table in {name}", name) for name in ("int4-b32-zp", "int4-b128-zp")),
+    lookup("rows of 576, nine zero points each", "int4-b64-zp", width=576),
+    OpCase(
+        "MatMul", "three weights of one input, in blocks with offsets",
+        "at = Transpose <perm = [1, 0]> (a)\nbt = Transpose <perm = [1, 0]> (b)\nct = Transpose <perm = [1, 0]> (c)\n"
+        "u = MatMul (x, at)\nv = MatMul (x, bt)\ny = MatMul (x, ct)", {"x": normal(1, 3, 576)}, ("u", "v", "y"),
+        weights={name: Weight((rows, 576), "int4-b32-o8") for name, rows in (("a", 24), ("b", 8), ("c", 8))},
+        becomes=("MatMulNBits", "ReduceSum"), gone=("MatMul",), tolerance=1e-4,
+    ),
+    OpCase(
+        "MatMul", "a tied weight with zero points, looked up and multiplied",
+        "h = Gather <axis = 0> (w, ids)\nwt = Transpose <perm = [1, 0]> (w)\ny = MatMul (h, wt)",
+        {"ids": ints(3, 1, 39)[None]}, weights={"w": Weight((40, 64), "int4-b32-zp")},
+        becomes=("GatherBlockQuantized", "MatMulNBits"), tolerance=1e-4,
+    ),
+]  # fmt: skip
+"""The formats that a backend gets only where its Traits ask for them: zero points, offsets, 8 bits in small blocks."""
