@@ -23,12 +23,12 @@ from edgeexport.core import Array, CanonicalModel, Format, QuantPlan, TensorRef
 from edgeexport.quant import FORMATS, SCHEMES, plan
 from edgeexport.quant.source import PlannedWeights
 
-O8, ZERO, INT8 = FORMATS["int4-b32-o8"], FORMATS["int4-b32-zp"], FORMATS["int8-b32"]
+PLAIN, O8, ZERO, INT8 = (FORMATS[name] for name in ("int4-b32", "int4-b32-o8", "int4-b32-zp", "int8-b32"))
 
 
 def planned(found: Traced, linear: Format, value: Format | None) -> QuantPlan:
     """The decoder in int4-b32, its multiplications in `linear`, but v_proj, if it is another, in `value`."""
-    scheme = replace(SCHEMES["int4-b32"], linear=linear, value=value)
+    scheme = replace(SCHEMES["int4-b32"], linear=linear, value=value, embedding=PLAIN, lm_head=PLAIN)
     weights = found.model.weights
     shapes = {name: ref.shape for name, ref in weights.items()}
     return plan(shapes, dialect.classes(found.model.graph, weights, "decoder"), scheme)

@@ -10,12 +10,12 @@ import torch
 from graphs import Traced, Zoo, reference_logits
 
 from edgeexport import families
+from edgeexport.canonical import streaming
+from edgeexport.canonical.streaming import StreamedGraph
 from edgeexport.checkpoint import WeightReader
 from edgeexport.core import Array, Example
 from edgeexport.parity import reference
 from edgeexport.parity.reference import Reference
-from edgeexport.canonical import streaming
-from edgeexport.canonical.streaming import StreamedGraph
 from edgeexport.session.runner import Call
 
 TOKENS = np.array([3, 41, 7, 7, 19, 2, 60, 33, 5], np.int64)
