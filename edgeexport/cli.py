@@ -209,7 +209,8 @@ def parity(
     text: Annotated[
         Path | None,
         typer.Option(
-            "--text", metavar="FILE",
+            "--text",
+            metavar="FILE",
             help="Compare along this text instead: KL, share of equal best tokens, perplexity of both.",
         ),
     ] = None,

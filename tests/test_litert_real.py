@@ -42,7 +42,7 @@ def test_it_passes_every_level(bundle: Path) -> None:
     if "fp32" in bundle.parts[-2]:
         assert rows["L5", "tokens, against transformers"]["metrics"]["top1"] == 1
     graphs_and_tables = (bundle / "decoder.tflite").stat().st_size - report["sizes"]["ideal_bytes"]
-    assert 0 < graphs_and_tables < 2_000_000
+    assert 0 < graphs_and_tables < 3_100_000  # a row of int8 has 4 bytes of scale, and of zero points up to 8
 
 
 def test_litert_lm_answers_from_the_package_with_the_same_tokens(bundle: Path) -> None:

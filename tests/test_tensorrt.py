@@ -228,7 +228,7 @@ def test_attention_in_float32_and_one_scale_per_row_of_int4_are_refused(zoo: Zoo
     assert "float16" in finding.fix
     (finding,) = tensorrt.check(found.model, target(), found.plan("int4"))
     assert "int4 needs one scale" in finding.why
-    assert "20 more" in finding.where
+    assert "17 more" in finding.where
 
 
 def test_int4_is_refused_for_the_capability_that_has_none(zoo: Zoo) -> None:
