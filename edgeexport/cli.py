@@ -118,7 +118,9 @@ def build(
             help="How 4-bit weights are chosen; by default gptq up to 2B parameters, search above.",
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="Where calibration computes: cpu, or cuda.")] = "cpu",
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Where a calibration computes: cuda is an NVIDIA GPU.")
+    ] = "cpu",
     dump: Annotated[Path | None, typer.Option(help="Write the graph of every step to this folder.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
     json: Json = False,

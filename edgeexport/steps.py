@@ -81,7 +81,12 @@ def read_tokenizer(job: Job) -> list[Finding]:
 
 def calibration(plan: Mapping[str, Any], path: Path | None, method: str | None, device: str) -> Calibration:
     """How a build chooses integers: as it is told, else by the model's size. Raises: UsageError `unknown-method`,
-    `calibration-unusable`."""
+    `calibration-unusable`; ToolError `no-gpu`."""
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise errors.no_gpu(f"PyTorch {torch.__version__} finds none", "leave --device out, or go where a GPU is")
     chosen = method or default_method(plan["model"]["parameters"])
     if chosen not in METHODS:
         raise errors.unknown_method(chosen, METHODS)

@@ -195,6 +195,14 @@ def test_what_cannot_be_is_refused_before_any_work(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_gpu_that_is_not_there_is_an_error(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(errors.ToolError, match="no-gpu"):
+        build(str(checkpoint), "host-ort", tmp_path, quant="int4-b32", context=CONTEXT, device="cuda")
+
+
 def test_a_bundle_is_compared_along_a_text(checkpoint: Path, built: dict[str, BuildResult], tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 5)

@@ -121,8 +121,23 @@ def test_int4_answers_as_its_own_dequantised_weights(bundles: dict[str, Path], a
 def test_the_capital_of_france_is_paris(bundles: dict[str, Path], answers: Any) -> None:
     tokenizer = open_bundle(bundles["fp32"]).tokenizer()
     assert tokenizer.decode(answers("fp32", "The capital of France is")).startswith(" Paris")
-    document = edgeexport("run", str(bundles["int4-b32"]), "--prompt", "What is the capital of France?")
+    document = edgeexport("run", str(bundles["fp32"]), "--prompt", "What is the capital of France?")
     assert "Paris" in document["text"]
+
+
+def test_int4_answers_what_the_ladder_says_it_answers(bundles: dict[str, Path]) -> None:
+    """Of the eight questions: the original's answer, or another one from a place where it was near a tie."""
+    listed = json.loads((bundles["int4-b32"] / "parity.json").read_text())["answers"]
+    assert len(listed) == 8
+    assert all(each["whole"] or each["near_tie"] for each in listed)
+    assert any(each["whole"] for each in listed)
+    for each in [each for each in listed if each["whole"]][:2]:
+        document = edgeexport("run", str(bundles["int4-b32"]), "--prompt", each["prompt"], "--max-tokens", "16")
+        assert (
+            document["text"]
+            == each["artifact"].removesuffix("<|im_end|>")
+            == each["original"].removesuffix("<|im_end|>")
+        )
 
 
 def test_the_int4_bundle_is_small_and_verifies(bundles: dict[str, Path]) -> None:
