@@ -49,6 +49,7 @@ class Built:
     peak_rss: int = 1 << 30
     size: int = 2020
     ideal_bytes: int = 2000
+    answers: tuple[Any, ...] = ()
     up_to_date: bool = False
 
 
@@ -123,6 +124,7 @@ def test_a_bad_command_line_is_a_finding(arguments: list[str], place: str, capsy
 
 def test_build_passes_its_options_on(pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
     line = "build m --target a -t b --quant fp32 --context 64 --parity L3 --max-rss 1.5G --samples s --dump d"
+    line += " --calibrate t --calibrate-method search"
     line += " --force -o o --json"
     assert execute(line.split()) == 0
     (model, target, out, options), second = pipeline.calls
@@ -134,6 +136,9 @@ def test_build_passes_its_options_on(pipeline: Any, capsys: pytest.CaptureFixtur
         "parity": "L3",
         "max_rss": 3 << 29,
         "samples": Path("s"),
+        "calibrate": Path("t"),
+        "calibrate_method": "search",
+        "device": "cpu",
         "dump": Path("d"),
         "force": True,
     }

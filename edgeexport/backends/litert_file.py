@@ -225,6 +225,11 @@ class ModelFile:
         """Where everything will lie behind a flatbuffer of `head` bytes, and (offset, size) of every buffer."""
         layout = storage.Layout(self.name, head)
         places: list[tuple[int, int]] = []
+        # What no buffer names comes first: a runtime notices that a file was cut only by the buffers that are missing.
+        halves: dict[int, int] = {}
+        for weight in self._weights.values():
+            halves[id(weight)] = layout.size
+            layout.size += 2 * weight.shape[0] if weight.format.shift else 0
         for held in self.buffers:
             size = _size(held)
             if not size:
@@ -236,14 +241,13 @@ class ModelFile:
             if isinstance(held, np.ndarray):
                 layout.constants[f"buffer.{len(places) - 1}"] = offset, held
         for weight in self._weights.values():
-            self._place(weight, layout, places)
+            self._place(weight, layout, places, halves[id(weight)])
         return layout, places
 
-    def _place(self, weight: _Weight, layout: storage.Layout, places: Sequence[tuple[int, int]]) -> None:
-        """Enter the weights of a stack, whose buffers are at these places."""
-        fmt, halves = weight.format, layout.size
-        if fmt.shift:
-            layout.size += 2 * weight.shape[0]
+    def _place(self, weight: _Weight, layout: storage.Layout, places: Sequence[tuple[int, int]], halves: int) -> None:
+        """Enter the weights of a stack, whose buffers are at these places, and the float16 scales of its offsets at
+        `halves`."""
+        fmt = weight.format
 
         def at(buffer: int, row: int) -> int:
             return places[buffer][0] + row * places[buffer][1] // weight.count if buffer else -1
