@@ -135,8 +135,8 @@ class _Run:
         for name in sorted(self.task.names - self.entries.keys()):  # looked up, and never multiplied
             self._choose((name,), None)
         codes.save_index(self.folder, self.entries)
-        for path in (self.folder / WORK, self.folder / STATE):
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        shutil.rmtree(self.folder / WORK, ignore_errors=True)
+        (self.folder / STATE).unlink(missing_ok=True)
         return CodeStore(self.folder, self.entries)
 
     def _advance(self, index: int, stage: str) -> dict[tuple[str, ...], _Inputs]:
@@ -231,12 +231,7 @@ class _Run:
     def _finish(self, done: int) -> None:
         """File that so many stages are done, and remove the border before."""
         codes.save_index(self.folder, self.entries)
-        partial = self.folder / f".{STATE}.partial"
-        try:
-            partial.write_text(json.dumps({"done": done}))
-            partial.rename(self.folder / STATE)
-        except OSError as problem:
-            raise errors.output_not_writable(self.folder, str(problem)) from problem
+        codes.write_whole(self.folder, STATE, json.dumps({"done": done}))
         shutil.rmtree(self.folder / WORK / str(done - 1), ignore_errors=True)
 
     def _save(self, index: int, number: int, values: Sequence[Values]) -> None:

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
+
+from edgeexport import errors
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
 UInt8 = npt.NDArray[np.uint8]
+
+
+def read_bytes(path: Path, offset: int, size: int) -> UInt8:
+    """Bytes of a file of ours. Raises: BundleError `artifact-truncated` when the file ends early."""
+    with path.open("rb", buffering=0) as file:
+        file.seek(offset)
+        data: UInt8 = np.empty(size, np.uint8)
+        got = file.readinto(data.data) if size else 0
+    if got != size:
+        raise errors.artifact_truncated(path, offset + size)
+    return data
 
 
 def pack_int4(values: Int8, zero_point: int = 8) -> UInt8:

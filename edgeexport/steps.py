@@ -232,9 +232,7 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     with console.step(f"Calibrating {job.checkpoint.name} by {method}"):
         folder, _ = cache.folder("codes", named, fill)
     store = CodeStore(folder, load_index(folder))
-    shared = [replace(part, codes=store) for part in parts if part.name in (DECODER, "embed")]
-    others = {part.name: part for part in shared}
-    return [others.get(part.name, part) for part in parts]
+    return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]
 
 
 def calibration_calls(job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows]) -> list[Call]:

@@ -22,6 +22,7 @@ from edgeexport.backends.litert_names import (
 from edgeexport.backends.litert_ops import OPS
 from edgeexport.backends.optable import OpTable
 from edgeexport.backends.tools import versions_of
+from edgeexport.canonical.dialect import MULTIPLIED
 from edgeexport.core import (
     Artifact,
     CanonicalModel,
@@ -46,8 +47,6 @@ __all__ = ["NAME", "OPS", "OPTIONS", "TRAITS", "check", "compile", "versions"]
 LEAST_WINDOW = 128
 """Slots below which a smaller window saves nothing."""
 FORMAT_FIX = "choose --quant int8"
-MULTIPLIED = frozenset({"linear", "encoder", "lm_head"})
-"""Classes of weights that may be moved by offsets: a lookup would have to add them."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from edgeexport.packing import (
     from_float8,
     pack_int4,
     pack_int8,
+    read_bytes,
     round_offsets,
     swap_nibbles,
     unpack_int4,
@@ -156,19 +157,19 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     size, count = row_bytes(width, fmt), stop - start
     path = folder / weight.file
     if _scattered(weight):  # small, and read whole
-        whole = _read(path, weight.offset, weight.shape[0] * size)
+        whole = read_bytes(path, weight.offset, weight.shape[0] * size)
         dtype = {32: np.float32, 16: np.float16, 8: np.int8}[fmt.bits]
         held = whole.view(dtype).reshape([weight.shape[axis] for axis in weight.order])
         raw = np.ascontiguousarray(held.transpose(np.argsort(weight.order))[start:stop]).reshape(-1).view(np.uint8)
     else:
-        raw = _read(path, weight.offset + start * size, count * size)
+        raw = read_bytes(path, weight.offset + start * size, count * size)
     if not fmt.integer:
         dtype = np.float32 if fmt.bits == 32 else np.float16
         return _in_order(raw.view(dtype).astype(np.float32), weight, count).reshape(count, width)
     values = _in_order(_unpack(raw.reshape(count, size), weight), weight, count)
     per_row = blocks(width, fmt)
     each = _row_scale_bytes(weight)
-    scales = _read(path, weight.scales_offset + each * start, each * count).view(_scale_dtype(weight))
+    scales = read_bytes(path, weight.scales_offset + each * start, each * count).view(_scale_dtype(weight))
     if fmt.palette:
         values = _coloured(path, weight, values, start)
     scaled = values.reshape(count, per_row, -1)
@@ -184,12 +185,12 @@ def _offsets(path: Path, weight: StoredWeight, start: int, scales: Array) -> Arr
     (count, per_row), fmt, size = scales.shape, weight.format, row_shift_bytes(_matrix(weight.shape)[1], weight.format)
     if fmt.shift == "zero":
         return -_zero_points(path, weight, start, count, per_row).astype(np.float32) * scales
-    raw = _read(path, weight.shift_offset + start * size, count * size)
+    raw = read_bytes(path, weight.shift_offset + start * size, count * size)
     if fmt.shift == "half":
         return raw.view(np.float16).reshape(count, per_row).astype(np.float32)
     if fmt.shift == "zero16":
         return -raw.view(np.float16).reshape(count, per_row).astype(np.float32) * scales
-    shared = _read(path, weight.shift_scales_offset + 2 * start, 2 * count).view(np.float16)
+    shared = read_bytes(path, weight.shift_scales_offset + 2 * start, 2 * count).view(np.float16)
     return raw.view(np.int8).reshape(count, per_row).astype(np.float32) * shared.astype(np.float32)[:, None]
 
 
@@ -197,7 +198,7 @@ def _zero_points(path: Path, weight: StoredWeight, start: int, count: int, per_r
     """int8 [rows, blocks] of rows from `start` on."""
     stride = _row_zero_points(weight)
     first, last = start * stride, (start + count) * stride
-    raw = _read(path, weight.shift_offset + first // 2, -(-last // 2) - first // 2)
+    raw = read_bytes(path, weight.shift_offset + first // 2, -(-last // 2) - first // 2)
     values = unpack_int4(raw[None], 0 if weight.signed else 8)[0, first % 2 :][: last - first]
     return values.reshape(count, stride)[:, :per_row]
 
@@ -231,7 +232,7 @@ def _coloured(path: Path, weight: StoredWeight, values: Array, start: int) -> Ar
     """The palettes' numbers at these places, float32 [rows, width]."""
     rows = np.arange(start, start + len(values)) // PALETTE
     first, last = int(rows[0]), int(rows[-1]) + 1
-    raw = _read(path, weight.palettes_offset + 2 * PALETTE * first, 2 * PALETTE * (last - first))
+    raw = read_bytes(path, weight.palettes_offset + 2 * PALETTE * first, 2 * PALETTE * (last - first))
     palettes = raw.view(np.float16).astype(np.float32).reshape(-1, PALETTE)
     return palettes[(rows - first)[:, None], values.astype(np.intp) + 8]
 
@@ -343,16 +344,6 @@ def _write_all(descriptor: int, array: Array, offset: int) -> None:
     while view:
         written = os.pwrite(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def _read(path: Path, offset: int, size: int) -> Array:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        data = np.empty(size, np.uint8)
-        got = file.readinto(data.data) if size else 0
-    if got != size:
-        raise errors.artifact_truncated(path, offset + size)
-    return data
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

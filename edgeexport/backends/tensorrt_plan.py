@@ -10,6 +10,7 @@ from typing import Any
 from edgeexport import errors
 from edgeexport.backends.onnx_file import stem_of
 from edgeexport.backends.tensorrt_engine import groups
+from edgeexport.canonical.dialect import MULTIPLIED
 from edgeexport.core import CanonicalModel, Dim, Finding, QuantPlan, Target, TensorSpec
 
 FUSED_FLOOR = (10, 15)
@@ -22,8 +23,6 @@ USUAL = 32
 """Tokens of a prompt that kernels are chosen for, where a range is given."""
 INT4_BLOCKS = (32, 64, 128)
 """Weights that may share a scale: what builds."""
-MULTIPLIED = frozenset({"linear", "encoder", "lm_head"})
-"""Classes of weights that may be moved by offsets: a lookup would have to add them."""
 
 FIX_PRECISION = 'set precision = "float16" in the target file'
 FIX_FORMAT = "choose --quant int4-b128, int8 or fp16"

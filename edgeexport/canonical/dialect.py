@@ -166,6 +166,11 @@ def _problem(node: ir.Node) -> Finding | None:
     return errors.not_in_dialect(node.op_type, where, reason) if reason else None
 
 
+MULTIPLIED: frozenset[TensorClass] = frozenset({"linear", "encoder", "lm_head"})
+"""Classes of weights that are multiplied by and never looked up: blocks of others have no offsets, which a lookup would
+have to add."""
+
+
 def classes(model: ir.Model, weights: Mapping[str, TensorRef], component: str) -> dict[str, TensorClass]:
     """What each weight is for, by its use in the graph: a looked-up table is an embedding (also when it is the tied
     head), a multiplication whose result is the logits is the lm_head, any other is linear, or, outside the decoder,

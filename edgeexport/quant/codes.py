@@ -10,14 +10,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import Array, Codes, Format, Provenance
-from edgeexport.packing import pack_int4, unpack_int4
+from edgeexport.core import Codes, Format, Provenance
+from edgeexport.packing import pack_int4, read_bytes, unpack_int4
 
 INDEX = "index.json"
 
@@ -72,16 +72,16 @@ class CodeStore:
         (count, _), fmt = entry.shape, entry.format
         path = self.folder / entry.file
         row, blocks = _row_bytes(entry), _blocks(entry)
-        raw = _read(path, start * row, (stop - start) * row).reshape(stop - start, row)
+        raw = read_bytes(path, start * row, (stop - start) * row).reshape(stop - start, row)
         integers = unpack_int4(raw, 0) if fmt.bits == 4 else raw.view(np.int8)
         at = count * row
-        scales = _read(path, at + 2 * start * blocks, 2 * (stop - start) * blocks).view(np.float16)
+        scales = read_bytes(path, at + 2 * start * blocks, 2 * (stop - start) * blocks).view(np.float16)
         scales = scales.reshape(stop - start, blocks)
         if not fmt.shift:
             return Codes(integers, scales)
         size = 1 if fmt.shift == "zero" else 4
         at += 2 * count * blocks + size * start * blocks
-        offsets = _read(path, at, size * (stop - start) * blocks).view(np.int8 if size == 1 else np.float32)
+        offsets = read_bytes(path, at, size * (stop - start) * blocks).view(np.int8 if size == 1 else np.float32)
         return Codes(integers, scales, offsets.reshape(stop - start, blocks))
 
 
@@ -114,21 +114,15 @@ def save(
 
 def save_index(folder: Path, entries: Mapping[str, Entry]) -> None:
     """Write what the files of a store mean."""
-    listed = {
-        name: {
-            "file": entry.file,
-            "format": {field: getattr(entry.format, field) for field in Format.__dataclass_fields__},
-            "shape": list(entry.shape),
-            "provenance": entry.provenance,
-            "digest": entry.digest,
-            "loss": entry.loss,
-        }
-        for name, entry in entries.items()
-    }
-    partial = folder / f".{INDEX}.partial"
+    write_whole(folder, INDEX, json.dumps({name: asdict(entry) for name, entry in entries.items()}, indent=1))
+
+
+def write_whole(folder: Path, name: str, text: str) -> None:
+    """A small file, whole or not at all. Raises: UsageError `output-not-writable`."""
+    partial = folder / f".{name}.partial"
     try:
-        partial.write_text(json.dumps(listed, indent=1))
-        partial.rename(folder / INDEX)
+        partial.write_text(text)
+        partial.rename(folder / name)
     except OSError as problem:
         raise errors.output_not_writable(folder, str(problem)) from problem
 
@@ -140,12 +134,9 @@ def load_index(folder: Path) -> dict[str, Entry]:
     except FileNotFoundError:
         return {}
     return {
-        name: Entry(
-            each["file"], Format(**each["format"]), (each["shape"][0], each["shape"][1]),
-            each["provenance"], each["digest"], each["loss"],
-        )
+        name: Entry(**{**each, "format": Format(**each["format"]), "shape": tuple(each["shape"])})
         for name, each in listed.items()
-    }  # fmt: skip
+    }
 
 
 def _row_bytes(entry: Entry) -> int:
@@ -154,16 +145,6 @@ def _row_bytes(entry: Entry) -> int:
 
 def _blocks(entry: Entry) -> int:
     return entry.shape[1] // entry.format.block if entry.format.block else 1
-
-
-def _read(path: Path, offset: int, size: int) -> Array:
-    with path.open("rb", buffering=0) as file:
-        file.seek(offset)
-        data = np.empty(size, np.uint8)
-        got = file.readinto(data.data) if size else 0
-    if got != size:
-        raise errors.artifact_truncated(path, offset + size)
-    return data
 
 
 def joined(parts: Sequence[Codes]) -> Codes:

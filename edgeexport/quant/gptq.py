@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from edgeexport.quant.search import Grid
+from edgeexport.quant.search import Grid, safe
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def gptq(weight: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
     chosen = torch.empty_like(left)
     scales = grid.scales.T.contiguous()
     zeros = None if grid.zeros is None else grid.zeros.T.contiguous()
-    safe = torch.where(scales == 0, torch.ones_like(scales), scales)
+    divisors = safe(scales)
     groups = (factor.order // grid.block).tolist()
     diagonal = factor.u.diagonal().tolist()
     error = torch.empty(STEP, rows, device=weight.device)
@@ -135,7 +135,7 @@ def gptq(weight: torch.Tensor, factor: Factor, grid: Grid) -> torch.Tensor:
         stop = min(width, start + STEP)
         for j in range(start, stop):
             group = groups[j]
-            q = left[j] / safe[group]
+            q = left[j] / divisors[group]
             if zeros is not None:
                 q += zeros[group]
             q.round_().clamp_(grid.low, grid.high)

@@ -164,8 +164,3 @@ def to_codes(lattice: Lattice, fmt: Format, *, name: str = "weight", first_row: 
         stand_in = np.abs(offsets) if fmt.shift == "zero16" and offsets is not None else np.float32(0)
         scales = np.where(flat, np.maximum(stand_in, least), scales)
     return Codes(integers.astype(np.int8, copy=False), scales.astype(np.float16), offsets)
-
-
-def is_encoding(encoding: str) -> bool:
-    """Whether tensors of this encoding are blocks of integers that a format of ours may hold."""
-    return encoding in ENCODINGS

@@ -73,7 +73,7 @@ def search(weight: torch.Tensor, strength: torch.Tensor, fmt: Format) -> Grid:
 def nearest(weight: torch.Tensor, grid: Grid) -> torch.Tensor:
     """The integers of `grid` nearest to each weight [N, K], float32."""
     blocks = weight.reshape(*grid.scales.shape, grid.block)
-    units = blocks / _safe(grid.scales)[..., None]
+    units = blocks / safe(grid.scales)[..., None]
     if grid.zeros is not None:
         units += grid.zeros[..., None]
     return units.round_().clamp_(grid.low, grid.high).view(weight.shape)
@@ -128,7 +128,7 @@ def _least(x: torch.Tensor, counted: torch.Tensor, starts: Iterator[Start], posi
     least = x.new_full(x.shape[:-1], torch.inf)
     for scale, zeros in starts:
         for fitted in (False, True):
-            units = x / _safe(scale)[..., None]
+            units = x / safe(scale)[..., None]
             if zeros is not None:
                 units += zeros[..., None]
             held = units.round_().clamp_(-8, 7)
@@ -156,7 +156,7 @@ def _half(scale: torch.Tensor, positive: bool) -> torch.Tensor:
     return rounded.clamp_min_(LEAST) if positive else rounded
 
 
-def _safe(scale: torch.Tensor) -> torch.Tensor:
+def safe(scale: torch.Tensor) -> torch.Tensor:
     """No scale of zero, by which all numbers are zero anyway."""
     import torch
 
