@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-mini bench-quality test-peer test-gpu clean
+.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -78,6 +78,10 @@ bench-1b-engine: setup
 # Memory, time and bytes of a 9B-parameter multimodal build (writes 26 GB).
 bench-9b: setup
 	$(BIN)/python benchmarks/bench_9b.py
+
+# Time and memory of its calibration by search and by GPTQ, each killed twice and resumed (two hours).
+bench-9b-calibrate: setup
+	$(BIN)/python benchmarks/bench_9b_calibrate.py
 
 # llama.cpp and onnxruntime-genai in a venv of their own, and ours, in one sitting.
 bench-peers: setup

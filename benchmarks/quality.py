@@ -17,22 +17,24 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
-from edgeexport import calibrate, families, quant, steps, targets
+from edgeexport import calibrate, families, quant, sensitivity, steps, targets
 from edgeexport.bundle.cache import Cache
 from edgeexport.canonical.dialect import classes
 from edgeexport.canonical.streaming import Rows, StreamedGraph
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.console import Console
-from edgeexport.core import Array, CanonicalModel, Example, Format, TensorRef, Traits
+from edgeexport.core import Array, CanonicalModel, Example, Format, QuantPlan, TensorRef, Traits, no_progress
 from edgeexport.job import Job
 from edgeexport.parity import examples
 from edgeexport.parity.answers import Compared, compare
 from edgeexport.parity.reference import Reference
-from edgeexport.quant import FORMATS, Scheme, calibration
+from edgeexport.quant import FORMATS, Scheme, budget, calibration
+from edgeexport.quant.budget import Budget
 from edgeexport.quant.calibration import Calibration, Method
 from edgeexport.quant.schemes import INT8_CHANNEL
 from edgeexport.quant.source import PlannedWeights
@@ -44,7 +46,8 @@ LENGTH, COUNT = 256, 8
 HERE = Path(__file__).parent
 B32 = FORMATS["int4-b32"]
 SYMMETRIC, POSITIVE, ZERO_POINTS = Traits(), Traits(positive_scales=True), Traits(shifts=("zero",))
-CARRYING = Traits(shifts=("int8",), int8_blocks=True)
+CARRYING = Traits(shifts=("int8", "zero"), int8_blocks=True)
+"""ONNX Runtime's."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,8 @@ class Case:
     value: Format | None = None
     traits: Traits = SYMMETRIC
     carried: bool = False
+    bits: float = 0.0
+    """Of a weight, that `--quant auto` chooses the formats within; 0 where they are the case's own."""
     kl: float = 0.0
     top1: float = 0.0
 
@@ -75,6 +80,8 @@ CASES = (
     Case("table and v_proj int8, zero points", INT8_CHANNEL, value=INT8_CHANNEL, traits=ZERO_POINTS),
     Case("carried over, table int4", B32, traits=CARRYING, carried=True, kl=0.055, top1=0.88),
     Case("carried over, table int8", INT8_CHANNEL, traits=CARRYING, carried=True, kl=0.003, top1=0.96),
+    Case("auto, nothing carried", INT8_CHANNEL, traits=CARRYING, bits=6.159, kl=0.06, top1=0.87),
+    Case("auto, carried where it pays", INT8_CHANNEL, traits=CARRYING, carried=True, bits=6.159, kl=0.06, top1=0.87),
 )
 
 
@@ -150,6 +157,8 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
             scheme = Scheme(case.name, case.name, B32, case.table, case.table, INT8_CHANNEL, value=case.value)
             encodings = {name: ref.encoding for name, ref in weights.items()} if case.carried else {}
             plan = quant.plan(part.shapes(), kinds, scheme, case.traits, encodings)
+            if case.bits:
+                plan = chosen_plan(job, part, kinds, reader, case, encodings)
             own = replace(job, calibration=Calibration.of(case.method, None))
             done = steps.calibrate(own, [replace(part, plan=plan)], reader, Cache(), console)[0]
             source = PlannedWeights(reader, weights, plan, codes=done.codes)
@@ -160,6 +169,27 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
             yield from peers(job, part.models[0], reader, peer, lambda rows, started: judged(
                 job, rows, original, reference, passages, None, started
             ))  # fmt: skip
+
+
+def chosen_plan(
+    job: Job, part: steps.Built, kinds: Mapping[str, Any], reader: WeightReader, case: Case,
+    encodings: Mapping[str, str],
+) -> QuantPlan:  # fmt: skip
+    """The formats that `--quant auto` chooses within the case's bits of a weight."""
+    matrices = {name: shape for name, shape in part.shapes().items() if len(shape) == 2}
+    model = part.models[0]
+    if not encodings:  # as of a checkpoint without integers of its own
+        weights = {name: replace(ref, encoding="F32") for name, ref in model.weights.items()}
+        model = replace(model, weights=weights)
+    task = sensitivity.Task(model, kinds, case.traits)
+    texts = replace(job, calibration=Calibration.of("search", None))
+    rows = calibrate.rows_of(part.models[0], reader.rows)
+    with TemporaryDirectory() as folder:
+        calls = steps.short_calls(texts, [part], reader, len(sensitivity.units(task)))
+        units = sensitivity.measure(task, calls, rows, Path(folder), no_progress)
+    choice = budget.choose(units, 0, Budget(size=int(case.bits * elements(matrices) / 8)))
+    print(f"    expected KL {choice.expected_kl}: {budget.summary(choice)}", flush=True)
+    return quant.plan(part.shapes(), kinds, "auto", case.traits, encodings, choice.tensors)
 
 
 def judged(

@@ -9,8 +9,6 @@ are those of the original model, not of its quantised beginning, so that layers 
 from __future__ import annotations
 
 import fcntl
-import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -22,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeexport import errors
+from edgeexport.borders import Borders
 from edgeexport.canonical.dialect import linears
-from edgeexport.core import Array, CanonicalModel, Codes, Progress, QuantPlan, TensorRef
+from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, QuantPlan, TensorRef
 from edgeexport.quant import codes, search
 from edgeexport.quant.calibration import Method
 from edgeexport.quant.codes import CodeStore, Entry
@@ -47,9 +46,6 @@ every step."""
 
 TOGETHER = 256
 """Rows whose products are added up at once."""
-
-WORK = "work"
-STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -112,9 +108,8 @@ class _Run:
         from edgeexport.canonical.streaming import StreamedGraph
 
         self.task, self.rows, self.folder, self.progress = task, rows, folder, progress
-        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=max(map(_tokens_of, calls)))
-        self.by_name = {str(v.name): v for node in task.model.graph.graph for v in node.outputs}
-        self.by_name |= {str(v.name): v for v in task.model.graph.graph.inputs}
+        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=max(map(tokens_of, calls)))
+        self.borders = Borders(folder, task.model)
         self.groups = _grouped(calls)
         self.entries: dict[str, Entry] = {}
         self.stages = task.model.stages
@@ -122,7 +117,8 @@ class _Run:
 
     def run(self) -> CodeStore:
         """All stages that are not done yet."""
-        done = self._resume()
+        done = self.borders.resume()["done"]
+        self.entries = codes.load_index(self.folder) if done else {}
         total = 1 + max((self.stages.index(stage) for stage in self.read_by), default=-1)
         for index in range(done, total):
             stage = self.stages[index]
@@ -130,13 +126,13 @@ class _Run:
             while gathered:  # the sums of one input go before the factor of the next comes
                 names, inputs = gathered.popitem()
                 self._choose(names, inputs)
-            self._finish(index + 1)
+            codes.save_index(self.folder, self.entries)
+            self.borders.finish(index + 1)
             self.progress(index + 1, total)
         for name in sorted(self.task.names - self.entries.keys()):  # looked up, and never multiplied
             self._choose((name,), None)
         codes.save_index(self.folder, self.entries)
-        shutil.rmtree(self.folder / WORK, ignore_errors=True)
-        (self.folder / STATE).unlink(missing_ok=True)
+        self.borders.clear()
         return CodeStore(self.folder, self.entries)
 
     def _advance(self, index: int, stage: str) -> dict[tuple[str, ...], _Inputs]:
@@ -154,10 +150,10 @@ class _Run:
 
         last = index == len(self.stages) - 1
         for number, calls in enumerate(self.groups):
-            values = self.graph.begin(calls) if index == 0 else self._load(index, number)
-            self.graph.advance(stage, _tokens(values) if last else values, self.rows, tap if asked else None)
+            values = self.graph.begin(calls) if index == 0 else self.borders.load(index, number)
+            self.graph.advance(stage, each_token(values) if last else values, self.rows, tap if asked else None)
             if not last:
-                self._save(index + 1, number, values)
+                self.borders.save(index + 1, number, values)
         return gathered
 
     def _readers_of_each_input(self, stage: str) -> list[tuple[str, ...]]:
@@ -183,7 +179,7 @@ class _Run:
             count, fmt = self.task.model.weights[name].shape[0], self.task.plan.formats[name]
             step = max(1, min(ROWS // width, -(-count // THREADS)))
             cuts = [(start, min(count, start + step)) for start in range(0, count, step)]
-            with _workers() as pool:
+            with workers() as pool:
                 parts = list(pool.map(partial(self._chosen, name, strength, factor), cuts))
             lost, energy = (sum(part.lost for part in parts), sum(part.energy for part in parts))
             self.entries[name] = codes.save(
@@ -195,62 +191,27 @@ class _Run:
         """The integers of some rows."""
         from edgeexport.quant.gptq import gptq
 
-        weight = self._weight(name, *cut)
+        weight = floats(self.rows, name, *cut, self.task.plan.formats[name], self.task.device)
         grid = search.search(weight, strength, self.task.plan.formats[name])
         integers = gptq(weight, factor, grid) if factor is not None else search.nearest(weight, grid)
         lost = (weight - search.meaning(integers, grid)).square().sum(0) * strength
         energy = weight.square().sum(0) * strength
         return _Part(search.to_codes(integers, grid), float(lost.sum()), float(energy.sum()))
 
-    def _weight(self, name: str, start: int, stop: int) -> torch.Tensor:
-        """Rows as float32. Raises: CheckpointError `nonfinite-weight`, `weight-too-large`."""
-        import torch
 
-        rows = self.rows(name, start, stop)
-        fmt = self.task.plan.formats[name]
-        if not np.isfinite(rows).all():
-            row, column = (int(each) for each in np.argwhere(~np.isfinite(rows))[0])
-            raise errors.nonfinite_weight(name, (start + row, column), float(rows[row, column]))
-        if float(np.abs(rows).max(initial=0.0)) > 7 * 65504.0:
-            row = int(np.abs(rows).max(axis=1).argmax())
-            raise errors.weight_too_large(name, start + row, float(np.abs(rows[row]).max()), fmt.name)
-        return torch.from_numpy(np.ascontiguousarray(rows)).to(self.task.device)
+def floats(read: Rows, name: str, start: int, stop: int, fmt: Format, device: str) -> torch.Tensor:
+    """Rows of a weight as float32, to be stored as `fmt`. Raises: CheckpointError `nonfinite-weight`,
+    `weight-too-large`."""
+    import torch
 
-    # what a killed run leaves
-
-    def _resume(self) -> int:
-        """Stages that are done, their codes and the border after them complete."""
-        try:
-            state = json.loads((self.folder / STATE).read_text())
-        except (OSError, ValueError):
-            shutil.rmtree(self.folder / WORK, ignore_errors=True)
-            return 0
-        self.entries = codes.load_index(self.folder)
-        return int(state["done"])
-
-    def _finish(self, done: int) -> None:
-        """File that so many stages are done, and remove the border before."""
-        codes.save_index(self.folder, self.entries)
-        codes.write_whole(self.folder, STATE, json.dumps({"done": done}))
-        shutil.rmtree(self.folder / WORK / str(done - 1), ignore_errors=True)
-
-    def _save(self, index: int, number: int, values: Sequence[Values]) -> None:
-        """The border before stage `index`, of one group."""
-        place = self.folder / WORK / str(index)
-        arrays = {f"{call} {value.name}": array for call, known in enumerate(values) for value, array in known.items()}
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-            np.savez(place / f"{number}.npz", allow_pickle=False, **arrays)
-        except OSError as problem:
-            raise errors.output_not_writable(self.folder, str(problem)) from problem
-
-    def _load(self, index: int, number: int) -> list[Values]:
-        found: dict[int, Values] = {}
-        with np.load(self.folder / WORK / str(index) / f"{number}.npz", allow_pickle=False) as held:
-            for key in held.files:
-                call, _, name = key.partition(" ")
-                found.setdefault(int(call), {})[self.by_name[name]] = held[key]
-        return [found[call] for call in sorted(found)]
+    rows = read(name, start, stop)
+    if not np.isfinite(rows).all():
+        row, column = (int(each) for each in np.argwhere(~np.isfinite(rows))[0])
+        raise errors.nonfinite_weight(name, (start + row, column), float(rows[row, column]))
+    if float(np.abs(rows).max(initial=0.0)) > 7 * 65504.0:
+        row = int(np.abs(rows).max(axis=1).argmax())
+        raise errors.weight_too_large(name, start + row, float(np.abs(rows[row]).max()), fmt.name)
+    return torch.from_numpy(np.ascontiguousarray(rows)).to(device)
 
 
 @dataclass(frozen=True)
@@ -263,7 +224,7 @@ class _Part:
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def workers() -> Iterator[ThreadPoolExecutor]:
     """Threads each of which computes alone: torch's own wait for each other at every operation."""
     import torch
 
@@ -322,7 +283,7 @@ def _grouped(calls: Sequence[Mapping[str, Array]]) -> list[list[Mapping[str, Arr
     groups: list[list[Mapping[str, Array]]] = [[]]
     size = 0
     for call in calls:
-        tokens = _tokens_of(call)
+        tokens = tokens_of(call)
         if groups[-1] and size + tokens > GROUP:
             groups.append([])
             size = 0
@@ -331,12 +292,12 @@ def _grouped(calls: Sequence[Mapping[str, Array]]) -> list[list[Mapping[str, Arr
     return groups
 
 
-def _tokens_of(call: Mapping[str, Array]) -> int:
+def tokens_of(call: Mapping[str, Array]) -> int:
     """Tokens of one call: [1,T] ids, [1,T,hidden] embeddings, [3,1,T] positions."""
     return next(int(array.shape[1]) for name, array in call.items() if name in ("input_ids", "inputs_embeds"))
 
 
-def _tokens(values: Sequence[Values]) -> list[Values]:
+def each_token(values: Sequence[Values]) -> list[Values]:
     """Each token of each call as a call of its own: the last stage keeps a call's last token alone."""
     found: list[Values] = []
     for known in values:

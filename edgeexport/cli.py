@@ -60,7 +60,27 @@ Verbose = Annotated[
 Model = Annotated[str, typer.Argument(help="A checkpoint folder, a .gguf file, or a known name such as smollm2-135m.")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder of a bundle.")]
 Targets = Annotated[list[str], typer.Option("--target", "-t", help="A target's name or .toml file; may be repeated.")]
-Quant = Annotated[str | None, typer.Option(help="Quantisation scheme; the target's own by default.")]
+Quant = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SCHEME|auto|PLAN",
+        help="Quantisation scheme, the target's own by default; auto to choose each matrix's format within --max-size, "
+        "--max-kl or --for-device; or a bundle's quant-plan.json, to choose the same.",
+    ),
+]
+MaxSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="With --quant auto: the largest artifacts, like 4.6G.")
+]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(
+        min=0, help="With --quant auto: nats from the original at most; the ladder's gate on its answers, too."
+    ),
+]
+ForDevice = Annotated[
+    str | None,
+    typer.Option(metavar="DEVICE", help="With --quant auto: as large as this device of the target has room."),
+]
 Context = Annotated[int | None, typer.Option(min=1, help="Slots of the KV cache; the target's own by default.")]
 ParityLevel = Annotated[Level, typer.Option("--parity", help="How far to climb the parity ladder.")]
 MaxRss = Annotated[
@@ -94,6 +114,9 @@ def build(
     target: Targets,
     out: Annotated[Path, typer.Option("--out", "-o", help="The bundle is OUT/<model>-<target>/.")] = Path("dist"),
     quant: Quant = None,
+    max_size: MaxSize = None,
+    max_kl: MaxKl = None,
+    for_device: ForDevice = None,
     context_length: Annotated[
         int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the target's own by default.")
     ] = None,
@@ -131,11 +154,12 @@ def build(
     from edgeexport import cli_show, pipeline
 
     console: Console = context.obj
-    limit = _size("--max-rss", max_rss)
+    limit, size = _size("--max-rss", max_rss), _size("--max-size", max_size)
 
     def one(name: str) -> pipeline.BuildResult:
         return pipeline.build(
-            model, name, out, quant=quant, context=context_length, parity=parity, max_rss=limit, samples=samples,
+            model, name, out, quant=quant, max_size=size, max_kl=max_kl, for_device=for_device,
+            context=context_length, parity=parity, max_rss=limit, samples=samples,
             calibrate=calibrate, calibrate_method=calibrate_method, device=device,
             dump=dump, force=force, console=console,
         )  # fmt: skip
@@ -149,6 +173,9 @@ def plan(
     model: Model,
     target: Targets,
     quant: Quant = None,
+    max_size: MaxSize = None,
+    max_kl: MaxKl = None,
+    for_device: ForDevice = None,
     context_length: Annotated[
         int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the target's own by default.")
     ] = None,
@@ -163,7 +190,8 @@ def plan(
     from edgeexport import cli_show
     from edgeexport import plan as plans
 
-    cli_show.plans(context.obj, target, lambda name: plans.plan(model, name, quant, context_length))
+    asked = plans.Asked(quant, _size("--max-size", max_size), max_kl, for_device)
+    cli_show.plans(context.obj, target, lambda name: plans.plan(model, name, asked, context_length))
 
 
 @app.command()

@@ -136,6 +136,54 @@ def unknown_method(name: str, known: Iterable[str]) -> UsageError:
     )
 
 
+def budget_too_small(asked: str, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "budget-too-small",
+            f"no choice of formats keeps to {asked}",
+            "--quant auto",
+            why,
+            "allow more with --max-size or --max-kl, or take a smaller model",
+        )
+    )
+
+
+def budget_without_auto(option: str) -> UsageError:
+    return UsageError(
+        _error(
+            "budget-without-auto",
+            f"{option} is given and nothing is to be chosen",
+            option,
+            "a scheme, or a plan, already says the format of each matrix",
+            f"add --quant auto, or leave {option} out",
+        )
+    )
+
+
+def unknown_device(name: str, target: str, known: Iterable[str]) -> UsageError:
+    return UsageError(
+        _error(
+            "unknown-device",
+            f"the target {target} lists no device named {name}",
+            "--for-device",
+            suggest(name, known),
+            "name one of its [devices], or give the bytes with --max-size",
+        )
+    )
+
+
+def plan_unusable(path: Path | str, why: str) -> UsageError:
+    return UsageError(
+        _error(
+            "plan-unusable",
+            "the plan of formats cannot be used",
+            path,
+            why,
+            "give the quant-plan.json of a bundle of this model and backend, or let --quant auto make one",
+        )
+    )
+
+
 def text_unreadable(path: Path, why: str) -> UsageError:
     return UsageError(
         _error(
@@ -1681,6 +1729,17 @@ def max_rss_exceeded(limit: int, peak: int) -> Finding:
         "--max-rss",
         f"the limit was {limit / 2**20:.0f} MiB and the estimate before the build was within it",
         "the bundle is good; please report the model, the target and these two figures",
+    )
+
+
+def max_size_exceeded(limit: int, size: int) -> Finding:
+    return Finding(
+        "warning",
+        "max-size-exceeded",
+        f"the artifacts have {size} bytes, more than they were to have",
+        "--max-size",
+        f"the limit was {limit} bytes, of which the graph took more than the share that is kept free for it",
+        "the bundle is good; ask for less with --max-size, and please report the model, the target and these figures",
     )
 
 

@@ -15,6 +15,7 @@ from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
 from edgeexport.core import Checkpoint, Finding, Target
 from edgeexport.families import Family
+from edgeexport.quant.budget import Budget, Choice, written
 from edgeexport.quant.calibration import Calibration
 from edgeexport.samples import Samples
 from edgeexport.session.chat import ChatTemplate
@@ -23,6 +24,7 @@ from edgeexport.session.tokenizer import SpecialTokens, special_tokens
 from edgeexport.text_tables.files import table_files
 
 ROUNDED = Calibration("none")
+UNLIMITED = Budget()
 
 TOOLS = ("torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "numpy", "tokenizers", "jinja2")
 """Packages whose version may change an artifact, or the tables of tokens and chat beside it."""
@@ -42,6 +44,10 @@ class Job:
     """What the user gave to calibrate activations by."""
     calibration: Calibration = ROUNDED
     """How integers of 4 bits are chosen."""
+    budget: Budget = UNLIMITED
+    """What the formats are chosen within, where the scheme is `auto`."""
+    choice: Choice | None = None
+    """The formats that were chosen, or given by the user."""
 
     @cached_property
     def tokenizer_files(self) -> Mapping[str, bytes]:
@@ -89,14 +95,16 @@ class Job:
 
     @cached_property
     def compile_key(self) -> str:
-        """Names the artifact: the graph, the weights' bytes, the target, the scheme, the samples and the backend's
-        tools. Raises: ToolError `missing-package`."""
+        """Names the artifact: the graph, the weights' bytes, the target, the scheme, the formats chosen, the samples
+        and the backend's tools. Raises: ToolError `missing-package`."""
         aim, samples = self.target, self.samples.digest if self.samples is not None else ""
         tools = backends.load(aim.backend).versions()
         chosen = self.calibration.method, self.calibration.digest, self.calibration.device
+        formats = written(self.choice).decode() if self.choice is not None else ""
         return key(
-            "compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, samples, chosen, tools
-        )
+            "compile", self.trace_key, self.weights_digest, aim.source, aim.name, self.scheme, formats, samples, chosen,
+            tools,
+        )  # fmt: skip
 
     @cached_property
     def build_key(self) -> str:

@@ -17,8 +17,10 @@ from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.console import Console
 from edgeexport.core import Array, Example, Finding, ParityResult, Verdict
 from edgeexport.job import Job
-from edgeexport.plan import context_for
+from edgeexport.plan import Asked, context_for
 from edgeexport.plan import plan as plan_of
+from edgeexport.quant.budget import FILE, Budget
+from edgeexport.quant.schemes import AUTO
 from edgeexport.samples import find as find_samples
 
 if TYPE_CHECKING:
@@ -59,6 +61,9 @@ def build(
     out: Path | str = "dist",
     *,
     quant: str | None = None,
+    max_size: int | None = None,
+    max_kl: float | None = None,
+    for_device: str | None = None,
     context: int | None = None,
     parity: str = "L5",
     max_rss: int | None = None,
@@ -70,7 +75,9 @@ def build(
     force: bool = False,
     console: Console | None = None,
 ) -> BuildResult:
-    """Build OUT/<model>-<target>/ and prove it up to level `parity`. A scheme that calibrates activations does so by
+    """Build OUT/<model>-<target>/ and prove it up to level `parity`. `quant` is a scheme's name, the path of a plan of
+    formats (.json), or `auto`: formats chosen within `max_size` bytes or what `for_device` has, to lose `max_kl` nats
+    at most. A scheme that calibrates activations does so by
     the pictures and sounds in the folder `samples`; integers of 4 bits are chosen by the texts in `calibrate`, by the
     method `none`, `search` or `gptq`.
 
@@ -78,29 +85,43 @@ def build(
     """
     console = console or Console(quiet=True)
     started = time.perf_counter()
-    plan = plan_of(model, target, quant, context)
+    asked = Asked(quant, max_size, max_kl, for_device)
+    plan = plan_of(model, target, asked, context)
     step.refuse_plan(plan, max_rss, parity)
     checkpoint = open_checkpoint(model)
     aim = targets.load(target)
     given = find_samples(samples) if samples is not None else None
     calibration = step.calibration(plan, calibrate, calibrate_method, device)
     family = families.find(checkpoint.model_type)
-    job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration)
+    limits, choice = Budget(**plan["budget"]), asked.choice()
+    job = Job(
+        checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration, limits, choice
+    )  # fmt: skip
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
     remarks = step.read_tokenizer(job)
     step.announce(console, plan, destination)
 
-    if destination.exists() and (known := shipping.up_to_date(job, destination)) is not None:
+    def done(job: Job) -> BuildResult | None:
+        if not destination.exists() or (known := shipping.up_to_date(job, destination)) is None:
+            return None
         size, ideal, results, answers = known
         seconds, peak = time.perf_counter() - started, peak_rss_of_all()
         return BuildResult(destination, seconds, peak, size, ideal, results, [], answers, True, plan)
-    refuse_existing(destination, force=force)
+
+    if (result := done(job)) is not None:
+        return result
+    if plan["scheme"] != AUTO.name or choice is not None:  # else what is there may be what will be chosen
+        refuse_existing(destination, force=force)
 
     cache = Cache()
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
-        step.check(job, traced)
-        chosen = step.calibrate(job, traced, reader, cache, console)
+        job, planned = step.choose(job, traced, reader, cache, console)
+        if (result := done(job)) is not None:
+            return result
+        refuse_existing(destination, force=force)
+        step.check(job, planned)
+        chosen = step.calibrate(job, planned, reader, cache, console)
         parts = step.compile(job, chosen, reader, cache, console)
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)
@@ -112,6 +133,7 @@ def build(
     cache.prune()
     findings = [*remarks, *(finding for part in parts for finding in part.files[1].findings)]
     findings += step.memory_findings(max_rss)
+    findings += step.size_findings(max_size, shipping.sizes(parts)[0])
     seconds = time.perf_counter() - started
     peak, sizes = peak_rss_of_all(), shipping.sizes(parts)
     return BuildResult(destination, seconds, peak, *sizes, climb.results, findings, climb.answers, False, plan)
@@ -158,7 +180,7 @@ def parity(
     """
     console = console or Console(quiet=True)
     job = shipping.job_of_bundle(bundle, model, level)
-    plan = plan_of(model, job.target.name, job.scheme, job.context)
+    plan = plan_of(model, job.target.name, str(bundle / FILE) if job.choice is not None else job.scheme, job.context)
     step.refuse_plan(plan, max_rss, level)
     with WeightReader() as reader:
         parts = shipping.artifacts_of_bundle(bundle, step.trace(job, Cache(), console))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from edgeexport import errors
 from edgeexport.core import BITS, Checkpoint, Finding, Geometry, QuantPlan, Target, Traits
 from edgeexport.errors import EdgeExportError
+from edgeexport.quant.budget import Budget, Choice, read
+from edgeexport.quant.schemes import AUTO
 
 T = TypeVar("T")
 PLAIN = Traits()
@@ -25,6 +28,8 @@ IMPORT_SECONDS = 8.0
 """Loading those packages (5 s) and tracing one layer of each kind (3 s), on 2 cores of the same machine."""
 WEIGHTS_PER_SECOND = 200e6
 """Weights hashed, read, quantised and written in a second on 2 cores: 1.1B parameters took 5.4 s beyond the above."""
+GRAPH_SHARE = 0.01
+"""Of an artifact, kept free of weights for its graph where its bytes are a budget: 0.2 to 0.8 % of SmolLM2-135M's."""
 RUNTIME_BYTES = 64 << 20
 """What a process needs besides weights and cache: ONNX Runtime loaded (43 MiB resident, measured as above) and the
 activations of one token."""
@@ -38,7 +43,43 @@ MEMORY_FORMULA = (
 TIME_FORMULA = "imports and tracing 8 s + weights / 200 million per second, without the ladder"
 
 
-def plan(model: str, target: str, quant: str | None = None, context: int | None = None) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks of the formats: a scheme's name, `auto` with a budget, or the path of a plan (.json)."""
+
+    quant: str | None = None
+    max_size: int | None = None
+    max_kl: float | None = None
+    for_device: str | None = None
+
+    def choice(self) -> Choice | None:
+        """The plan that was given, if one was. Raises: UsageError `plan-unusable`, `budget-without-auto`."""
+        limits = {"--max-size": self.max_size, "--max-kl": self.max_kl, "--for-device": self.for_device}
+        given = next((option for option, value in limits.items() if value is not None), None)
+        if given is not None and self.quant != AUTO.name:
+            raise errors.budget_without_auto(given)
+        return read(Path(self.quant)) if self.quant is not None and self.quant.endswith(".json") else None
+
+    def scheme(self, target: Target) -> str:
+        """The scheme's name."""
+        return AUTO.name if (self.quant or "").endswith(".json") else self.quant or target.quant
+
+
+def budget_of(asked: Asked, target: Target, cache_bytes: int) -> Budget:
+    """What formats are chosen within, where a KV cache of so many bytes has room beside them on the device named.
+
+    Raises: UsageError `unknown-device`."""
+    size = asked.max_size
+    if asked.for_device is not None:
+        if asked.for_device not in target.devices:
+            raise errors.unknown_device(asked.for_device, target.name, target.devices)
+        device = target.devices[asked.for_device]
+        room = int(device["ram_gb"] * device["usable"] * 2**30) - cache_bytes - RUNTIME_BYTES
+        size = min(room, size) if size is not None else room
+    return Budget(max(0, int(size * (1 - GRAPH_SHARE))) if size is not None else None, asked.max_kl)
+
+
+def plan(model: str, target: str, asked: Asked | str | None = None, context: int | None = None) -> dict[str, Any]:
     """The plan as one JSON-able document. Sizes are in bytes, times in seconds.
 
     `findings` holds every reason why the build cannot work, and warnings; `exit_code` is what a build would end with
@@ -55,7 +96,9 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     opened = problems.attempt(lambda: checkpoints.open_checkpoint(model))
     aim = problems.attempt(lambda: targets.load(target))
     family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
-    name = quant or (aim.quant if aim else None)
+    asked = asked if isinstance(asked, Asked) else Asked(asked)
+    choice = problems.attempt(asked.choice)
+    name = asked.scheme(aim) if aim else asked.quant
     own = backends.load(aim.backend).TRAITS.schemes if aim else schemes.OWN_SCHEMES
     scheme = problems.attempt(lambda: schemes.find(name, own)) if name else None
     if not (opened and aim and family and scheme):
@@ -70,13 +113,22 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
     }
     encodings = {name: opened.tensors[name].encoding for name in shapes}
     traits = backends.load(aim.backend).TRAITS
-    quantised = schemes.plan_from_names(shapes, scheme.name, geometry.tied, traits, encodings)
     slots = problems.attempt(lambda: context_for(context, aim, geometry)) or geometry.max_context
+    element = BITS[aim.precision] // 8
+    limits = problems.attempt(lambda: budget_of(asked, aim, geometry.kv_bytes_per_token(element) * slots)) or Budget()
+    chosen = choice.tensors if choice is not None else None
+    quantised = problems.attempt(
+        lambda: schemes.plan_from_names(shapes, scheme.name, geometry.tied, traits, encodings, chosen)
+    )
+    if quantised is None:
+        raise problems.as_one()
     parts = problems.attempt(lambda: family.components(opened, slots, aim.shapes)) or []
     if refused := refused_ops(aim.backend, family.model_type, family.ops):
         problems.errors.append(errors.LoweringError(*refused))
     apart = any(part.name == "embed" for part in parts)
-    sizes = sizes_of(quantised, shapes, geometry, slots, BITS[aim.precision] // 8, embed_apart=apart)
+    sizes = sizes_of(quantised, shapes, geometry, slots, element, embed_apart=apart)
+    if limits.size is not None:
+        sizes = problems.attempt(lambda: within(limits, sizes, quantised, shapes, traits, encodings)) or sizes
     limit = aim.limits.get("max_file_bytes")
     if limit is not None and sizes["artifact"] > limit and not backends.load(aim.backend).TRAITS.splits:
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
@@ -87,6 +139,7 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         "model": _model(opened, shapes),
         "target": {"name": aim.name, "title": aim.title, "backend": aim.backend, "artifact": aim.artifact},
         "scheme": quantised.scheme,
+        "budget": asdict(limits),
         "context": slots,
         "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
@@ -95,6 +148,28 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         "findings": [asdict(finding) for finding in findings],
         "exit_code": problems.errors[0].exit_code if problems.errors else 0,
     }
+
+
+def within(
+    limits: Budget, sizes: Mapping[str, int], quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]],
+    traits: Traits, encodings: Mapping[str, str],
+) -> dict[str, int]:  # fmt: skip
+    """The sizes of a model whose formats fill a budget of bytes. Raises: UsageError `budget-too-small`."""
+    from edgeexport.quant.plan import options
+
+    least = most = sizes["artifact"]
+    for name, fmt in quantised.formats.items():
+        ways = options(name, quantised.classes[name], shapes[name], traits, encodings.get(name))
+        if ways:
+            bytes_of = [each.nbytes(shapes[name]) for each in ways.values()]
+            least += min(bytes_of) - fmt.nbytes(shapes[name])
+            most += max(bytes_of) - fmt.nbytes(shapes[name])
+    assert limits.size is not None
+    if least > limits.size:
+        raise errors.budget_too_small(f"{limits.size} bytes", f"the smallest formats need {least} bytes")
+    more = min(limits.size, most) - sizes["artifact"]
+    grown = ("artifact", "weights_read_per_token", "device_memory")
+    return {name: size + more if name in grown else size for name, size in sizes.items()}
 
 
 def context_for(asked: int | None, target: Target, geometry: Geometry) -> int:

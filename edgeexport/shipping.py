@@ -20,6 +20,7 @@ from edgeexport.bundle.writer import BundleWriter
 from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
+from edgeexport.quant import budget
 from edgeexport.session import preprocess
 from edgeexport.steps import DECODER, Built
 
@@ -93,6 +94,8 @@ def write_bundle(
         for path, data in sorted(job.text_tables[0].items()):
             writer.add_bytes(path, data)
         _add_package(job, parts, writer)
+        if job.choice is not None:
+            writer.add_bytes(budget.FILE, budget.written(job.choice))
         if job.contract is not None:
             writer.add_bytes(preprocess.FILE, preprocess.to_json(job.contract))
         golden = _write_golden(job, climb, shown, writer)
@@ -218,7 +221,9 @@ def job_of_bundle(folder: Path, model: str, level: str) -> Job:
     checkpoint = open_checkpoint(model)
     context = decoder.kv.context if decoder.kv else 0
     family = families.find(checkpoint.model_type)
-    job = Job(checkpoint, targets.load(manifest.target.name), manifest.quantisation, context, level, family)
+    choice = budget.read(folder / budget.FILE) if budget.FILE in manifest.files else None
+    aim = targets.load(manifest.target.name)
+    job = Job(checkpoint, aim, manifest.quantisation, context, level, family, choice=choice)
     if job.weights_digest != manifest.model.checkpoint_digest:
         raise errors.bundle_of_another_model(folder, manifest.model.checkpoint_digest, job.weights_digest)
     return job

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,8 +34,11 @@ from edgeexport.core import (
     TensorRef,
 )
 from edgeexport.job import Job, code_digest, tool_versions
-from edgeexport.quant.calibration import METHODS, Calibration, default_method
+from edgeexport.quant import budget
+from edgeexport.quant.budget import Budget, Choice
+from edgeexport.quant.calibration import LENGTH, METHODS, TOKENS, Calibration, default_method
 from edgeexport.quant.codes import CodeStore, load_index
+from edgeexport.quant.schemes import AUTO
 from edgeexport.quant.source import PlannedWeights, no_samples
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.runner import Call
@@ -54,6 +57,10 @@ PROBE_WORK = 1e12
 """Floating point operations that L2 may spend on pictures: some ten seconds on two cores."""
 PROBE_SCREEN = (112, 84)
 """Height and width in pixels of the picture that L2 shows instead."""
+SHORT_TOKENS = 64
+SHORT_WORK = 2e13
+"""What a measurement of formats feeds each variant of a model: sequences of so many tokens, six or fewer; weights times
+tokens of all variants, some half an hour on two cores."""
 MAX_TEXT_BYTES = 1 << 20
 """Of a text that a bundle is compared along: hours at most."""
 PROMPTS = 4
@@ -190,7 +197,91 @@ def plan_weights(job: Job, models: Sequence[CanonicalModel]) -> QuantPlan:
     traits = backends.load(job.target.backend).TRAITS
     encodings = {name: ref.encoding for name, ref in weights.items()}
     kinds = classes(models[0].graph, weights, models[0].component)
-    return quant.plan(shapes, kinds, job.scheme, traits, encodings)
+    chosen = job.choice.tensors if job.choice is not None else None
+    return quant.plan(shapes, kinds, job.scheme, traits, encodings, chosen)
+
+
+def choose(
+    job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console
+) -> tuple[Job, list[Built]]:
+    """The formats of a job that asks for a choice: those given, else the best within its budget by what each loses.
+
+    Raises: UsageError `budget-too-small`, `plan-unusable`."""
+    if job.scheme != AUTO.name:
+        return job, list(parts)
+    if job.choice is None:
+        job = replace(job, choice=_chosen(job, parts, reader, cache, console))
+        parts = [replace(part, plan=plan_weights(job, part.models)) for part in parts]
+    assert job.choice is not None, "chosen above, or given"
+    strangers = job.choice.tensors.keys() - {name for part in parts for name in part.plan.formats}
+    if strangers:
+        raise errors.plan_unusable(budget.FILE, f"the model has no {', '.join(sorted(strangers)[:3])}")
+    console.say(
+        f"Formats: {', '.join(f'{count} {name}' for name, count in budget.summary(job.choice).items())}; "
+        f"{format_bytes(job.choice.bytes)}, expected KL {job.choice.expected_kl:.2g}"
+    )
+    return job, list(parts)
+
+
+def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> Choice:
+    """The best choice within the budget; where none was given, within the bytes of the target's own scheme."""
+    from edgeexport import calibrate as calibration
+    from edgeexport import sensitivity
+
+    decoder = next(part for part in parts if part.name == DECODER)
+    model, traits = decoder.models[0], backends.load(job.target.backend).TRAITS
+    task = sensitivity.Task(model, decoder.plan.classes, traits)
+    asked = Calibration.of("search", None)
+    texts = job.calibration if job.calibration.sources else asked
+    takes = asdict(replace(traits, package=None))
+    named = key("sensitivity", model.digest, job.weights_digest, takes, texts.digest, tool_versions(), code_digest())
+
+    def fill(folder: Path) -> None:
+        work = cache.workplace("sensitivity", named)
+        with calibration.owned(work), console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
+            rows = calibration.rows_of(model, reader.rows)
+            calls = short_calls(replace(job, calibration=texts), parts, reader, len(sensitivity.units(task)))
+            found = sensitivity.measure(task, calls, rows, work, progress)
+            (folder / "units.json").write_bytes(msgspec.json.encode(found))
+            shutil.rmtree(work, ignore_errors=True)
+
+    with console.step(f"Measuring what each matrix of {job.checkpoint.name} loses"):
+        folder, _ = cache.folder("sensitivity", named, fill)
+    units = msgspec.json.decode((folder / "units.json").read_bytes(), type=list[budget.Unit])
+    elsewhere = [part for part in parts if part.name != DECODER]
+    units = [_everywhere(unit, elsewhere) for unit in units]
+    own = {name for unit in units for name in unit.options[0].formats}
+    rest = [(fmt, part.shapes()[name]) for part in parts for name, fmt in part.plan.formats.items() if name not in own]
+    limits = job.budget
+    if limits == Budget():
+        preset = replace(job, scheme=job.target.quant)
+        limits = Budget(sum(plan_weights(preset, part.models).ideal_bytes(part.shapes()) for part in parts))
+    return budget.choose(units, sum(fmt.nbytes(shape) for fmt, shape in rest), limits)
+
+
+def _everywhere(unit: budget.Unit, parts: Sequence[Built]) -> budget.Unit:
+    """A unit with the bytes of its matrices in other components, too: a tied table's."""
+
+    def more(option: budget.Option) -> int:
+        return sum(
+            quant.FORMATS[fmt].nbytes(part.shapes()[name])
+            for name, fmt in option.formats.items() for part in parts if name in part.plan.formats
+        )  # fmt: skip
+
+    return budget.Unit(tuple(msgspec.structs.replace(each, bytes=each.bytes + more(each)) for each in unit.options))
+
+
+def short_calls(job: Job, parts: Sequence[Built], reader: WeightReader, units: int) -> list[Mapping[str, Array]]:
+    """A few short sequences of different kinds, fewer for a model so large that they would take long."""
+    from edgeexport import calibrate as calibration
+
+    weights = sum(math.prod(shape) for shape in next(part for part in parts if part.name == DECODER).shapes().values())
+    count = max(2, min(6, int(SHORT_WORK / (units * weights * SHORT_TOKENS))))
+    calls = calibration_calls(
+        job, parts, lambda model: calibration.rows_of(model, reader.rows), tokens=1, length=SHORT_TOKENS, shows=False
+    )
+    step = len(calls) / min(count, len(calls))
+    return [calls[int(at * step)].inputs() for at in range(min(count, len(calls)))]
 
 
 def check(job: Job, parts: Sequence[Built]) -> None:
@@ -235,9 +326,13 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]
 
 
-def calibration_calls(job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows]) -> list[Call]:
-    """What a decoder is fed while it is calibrated: the calibration's texts and, where the model sees or hears, the
-    ladder's pictures and sounds, through the model's own encoders."""
+def calibration_calls(
+    job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows], *, tokens: int = TOKENS,
+    length: int = LENGTH, shows: bool = True,
+) -> list[Call]:  # fmt: skip
+    """What a decoder is fed while it is calibrated: about `tokens` of the calibration's texts in sequences of `length`
+    at most and, where the model sees or hears and this `shows` it any, the ladder's pictures and sounds, through the
+    model's own encoders."""
     from edgeexport.canonical.streaming import StreamedGraph
     from edgeexport.quant import calibration
 
@@ -253,8 +348,8 @@ def calibration_calls(job: Job, parts: Sequence[Built], rows: Callable[[Canonica
                 text = "\n\n".join(str(message["content"]) for message in document.messages)
         return [token for token in tokenizer.encode(text) if token < vocab]
 
-    found = calibration.sequences(job.calibration.sources, encode, job.context)
-    examples = [Example(tokens) for tokens in found] + [case.example for case in shown(job).values()]
+    found = calibration.sequences(job.calibration.sources, encode, job.context, tokens, length)
+    examples = [Example(each) for each in found] + [case.example for case in (shown(job) if shows else {}).values()]
     if job.contract is None:
         return [Call(each.tokens, 0) for each in examples]
 
@@ -367,11 +462,18 @@ def climb(
         shown={name: case.example for name, case in shown.items()},
         answer_tokens=ANSWER_TOKENS,
         stop_ids=frozenset(job.special_tokens.stop_ids),
-        overrides=job.target.gates(job.scheme),
+        overrides=_gates(job),
         probe=_probe(job, parts, shown, console),
         stand_in=getattr(runner, "STAND_IN", None),
     )
     return ladder.climb(subject, job.parity, watch)
+
+
+def _gates(job: Job) -> Mapping[str, Mapping[str, Any]]:
+    """The target's own gates; the KL that was asked for at most is one, whatever the default."""
+    own = job.target.gates(job.scheme)
+    asked = job.choice.asked_kl if job.choice is not None else None
+    return own if asked is None else {**own, "L5": {**own["L5"], "kl": asked}}
 
 
 def _probe(job: Job, parts: Sequence[Built], shown: Mapping[str, Shown], console: Console) -> Probe | None:
@@ -435,3 +537,8 @@ def memory_findings(max_rss: int | None) -> list[Finding]:
     """A warning when the build needed more than it was allowed: the estimate was wrong, and that should be known."""
     peak = peak_rss_of_all()
     return [errors.max_rss_exceeded(max_rss, peak)] if max_rss is not None and peak > max_rss else []
+
+
+def size_findings(max_size: int | None, size: int) -> list[Finding]:
+    """A warning when the artifacts are larger than they were to be: the share kept for graphs was too small."""
+    return [errors.max_size_exceeded(max_size, size)] if max_size is not None and size > max_size else []

@@ -124,7 +124,7 @@ def test_a_bad_command_line_is_a_finding(arguments: list[str], place: str, capsy
 
 def test_build_passes_its_options_on(pipeline: Any, capsys: pytest.CaptureFixture[str]) -> None:
     line = "build m --target a -t b --quant fp32 --context 64 --parity L3 --max-rss 1.5G --samples s --dump d"
-    line += " --calibrate t --calibrate-method search"
+    line += " --calibrate t --calibrate-method search --max-size 4.5G --max-kl 0.1 --for-device d"
     line += " --force -o o --json"
     assert execute(line.split()) == 0
     (model, target, out, options), second = pipeline.calls
@@ -132,6 +132,9 @@ def test_build_passes_its_options_on(pipeline: Any, capsys: pytest.CaptureFixtur
     assert isinstance(options.pop("console"), Console)
     assert options == {
         "quant": "fp32",
+        "max_size": 9 << 29,
+        "max_kl": 0.1,
+        "for_device": "d",
         "context": 64,
         "parity": "L3",
         "max_rss": 3 << 29,

@@ -53,7 +53,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": BASE | {"backends", "quant"},
     "plan": BASE | {"backends", "checkpoint", "families", "quant", "targets"},
     "samples": BASE | {"session"},
-    "calibrate": BASE | {"canonical", "quant"},
+    "borders": BASE | {"canonical.streaming", "quant.codes"},
+    "calibrate": BASE | {"borders", "canonical", "quant"},
+    "sensitivity": BASE | {"borders", "calibrate", "canonical", "quant"},
     "doctor": BASE | {"paths"},
     "bench": BASE | {"bundle", "session", "console", "units"},
 }

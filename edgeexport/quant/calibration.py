@@ -161,10 +161,13 @@ Encode = Callable[[Document], Sequence[int]]
 """Token ids of a text without special tokens, or of a conversation as the model is given it."""
 
 
-def sequences(sources: Sequence[Source], encode: Encode, context: int, tokens: int = TOKENS) -> list[Array]:
-    """About `tokens` token ids as sequences int64 [T] of at most `LENGTH` and `context`: conversations from their
-    beginning, texts from anywhere. The same ids for the same texts, whatever the machine."""
-    length = min(LENGTH, context)
+def sequences(
+    sources: Sequence[Source], encode: Encode, context: int, tokens: int = TOKENS, length: int = LENGTH
+) -> list[Array]:
+    """About `tokens` token ids, a sequence of each source at least, as sequences int64 [T] of at most `length` and
+    `context`: conversations from their beginning, texts from anywhere. The same ids for the same texts, whatever the
+    machine."""
+    length = min(length, context)
     found: list[Array] = []
     rng = np.random.Generator(np.random.PCG64(SEED))
     for source in sources:

@@ -37,21 +37,28 @@ class Factor:
     """What GPTQ needs of one Hessian, for all weights that read the same input: the order of the columns and U."""
 
     def __init__(self, hessian: torch.Tensor) -> None:
-        """float32 [K, K], symmetric; it is overwritten. A channel that was never fed anything counts for nothing."""
+        """float32 [K, K], symmetric; it is emptied, since two of a wide layer are all that there is room for. A channel
+        that was never fed anything counts for nothing."""
         import torch
 
         diagonal = hessian.diagonal()
         diagonal[diagonal <= 0] = 1
         diagonal += DAMPING * diagonal.mean()
         self.order = torch.argsort(diagonal, descending=True, stable=True)
-        ordered = hessian[self.order][:, self.order]
-        self.u = inverse_factor(ordered.double() if len(ordered) <= EXACT else ordered).float()
+        backwards = self.order.flip(0)
+        width = len(backwards)
+        kind = torch.float64 if width <= EXACT else torch.float32
+        ordered = torch.empty(width, width, dtype=kind, device=hessian.device)
+        for start in range(0, width, PANEL):
+            ordered[start : start + PANEL] = hessian[backwards[start : start + PANEL]][:, backwards]
+        hessian.untyped_storage().resize_(0)
+        self.u = inverse_factor(ordered).float()
 
 
-def inverse_factor(matrix: torch.Tensor) -> torch.Tensor:
-    """Upper U [K, K] with inverse(matrix) = U.T @ U, of a positive definite matrix, which is overwritten."""
-    lower = _cholesky(matrix.flip(0, 1))
-    return _invert(lower).flip(0, 1).contiguous()
+def inverse_factor(backwards: torch.Tensor) -> torch.Tensor:
+    """Upper U [K, K] with inverse(H) = U.T @ U, of a positive definite H whose rows and columns are given in reverse,
+    and overwritten."""
+    return _invert(_cholesky(backwards)).flip(0, 1).contiguous()
 
 
 def _cholesky(a: torch.Tensor) -> torch.Tensor:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from edgeexport import errors
 from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass, Traits
+from edgeexport.quant.budget import FILE, Chosen, candidates
 from edgeexport.quant.repack import ENCODINGS
-from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, SUFFIXES, Scheme, find
+from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, SCHEMES, SUFFIXES, Scheme, find
 
 PLAIN = Traits()
 
@@ -45,23 +47,29 @@ def plan(
     scheme: str | Scheme,
     traits: Traits = PLAIN,
     encodings: Mapping[str, str] | None = None,
+    chosen: Mapping[str, Chosen] | None = None,
 ) -> QuantPlan:
     """The plan for tensors of these shapes and classes (same keys), as far as a runtime with these `traits` takes it.
     A multiplication whose integers the checkpoint holds already, as `encodings` by name tell, keeps them where a format
-    can hold them. Raises `unknown-scheme`."""
+    can hold them. `chosen` formats go before the scheme's. Raises: UsageError `unknown-scheme`, `plan-unusable`."""
     preset = find(scheme) if isinstance(scheme, str) else scheme
     formats: dict[str, Format] = {}
     carried = set()
     for name, shape in shapes.items():
         kind = classes[name]
+        encoding = (encodings or {}).get(name)
+        if chosen is not None and name in chosen:
+            formats[name] = _given(name, chosen[name], options(name, kind, shape, traits, encoding))
+            carried |= {name} if chosen[name].carried else set()
+            continue
         wanted = preset.value if preset.value is not None and kind == "linear" and is_value(name) else None
         formats[name] = fmt = _format_of(wanted or preset.formats[kind], kind, shape)
-        own = _own_lattice(preset, kind, (encodings or {}).get(name), traits)
+        own = _own_lattice(preset, kind, encoding, traits)
         if own is not None:
             carried.add(name)
             formats[name] = own
-        elif fmt.bits == 4 and fmt.block and not fmt.shift and "zero" in traits.shifts and kind in ZERO_POINTS:
-            formats[name] = FORMATS[f"{fmt.name}-{SUFFIXES['zero']}"]
+        else:
+            formats[name] = _with_zero_points(fmt, kind, traits)
     if traits.positive_scales:
         formats = {name: replace(fmt, positive=True) if fmt.integer else fmt for name, fmt in formats.items()}
     return QuantPlan(preset.name, {name: classes[name] for name in shapes}, formats, frozenset(carried))
@@ -69,6 +77,43 @@ def plan(
 
 ZERO_POINTS = frozenset({"linear"})
 """Classes whose 4-bit blocks get a zero point where the runtime takes it for free."""
+
+
+def _with_zero_points(fmt: Format, kind: TensorClass, traits: Traits) -> Format:
+    free = fmt.bits == 4 and fmt.block and not fmt.shift and "zero" in traits.shifts and kind in ZERO_POINTS
+    return FORMATS[f"{fmt.name}-{SUFFIXES['zero']}"] if free else fmt
+
+
+def options(
+    name: str, kind: TensorClass, shape: tuple[int, ...], traits: Traits, encoding: str | None
+) -> dict[tuple[str, bool], Format]:
+    """The formats that a matrix may be given one by one, by (name, whether they hold the checkpoint's integers); none
+    for what no budget is about."""
+    if kind not in CHOSEN or len(shape) != 2:
+        return {}
+    found = {}
+    for fmt in candidates(kind, traits):
+        real = _with_zero_points(_format_of(fmt, kind, shape), kind, traits)
+        if real.integer:
+            found[real.name, False] = real
+    for scheme in ("int4-b32", "int8"):
+        own = _own_lattice(SCHEMES[scheme], kind, encoding, traits)
+        if own is not None:
+            found[own.name, True] = own
+    return {key: replace(fmt, positive=traits.positive_scales) for key, fmt in found.items()}
+
+
+CHOSEN: frozenset[TensorClass] = frozenset({"linear", "embedding", "lm_head"})
+"""Classes that a budget chooses formats for: what the decoder reads for every token."""
+
+
+def _given(name: str, wanted: Chosen, known: Mapping[tuple[str, bool], Format]) -> Format:
+    fmt = known.get((wanted.format, wanted.carried))
+    if fmt is None:
+        listed = ", ".join(f"{each} (the checkpoint's own)" if own else each for each, own in known)
+        what = f"{wanted.format}, the checkpoint's own integers," if wanted.carried else wanted.format
+        raise errors.plan_unusable(FILE, f"{name} cannot be {what} here: it can be {listed or 'as the scheme says'}")
+    return fmt
 
 
 def _own_lattice(preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits) -> Format | None:
@@ -119,6 +164,7 @@ def plan_from_names(
     tied: bool,
     traits: Traits = PLAIN,
     encodings: Mapping[str, str] | None = None,
+    chosen: Mapping[str, Chosen] | None = None,
 ) -> QuantPlan:
     """The plan as far as names and headers tell it, before anything is traced. Raises `unknown-scheme`.
 
@@ -126,4 +172,5 @@ def plan_from_names(
     """
     classes = {name: classify(name, shape) for name, shape in shapes.items()}
     kept = {name for name, kind in classes.items() if not (tied and kind == "lm_head")}
-    return plan({name: shape for name, shape in shapes.items() if name in kept}, classes, scheme, traits, encodings)
+    stored = {name: shape for name, shape in shapes.items() if name in kept}
+    return plan(stored, classes, scheme, traits, encodings, chosen)

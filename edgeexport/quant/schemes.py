@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from edgeexport import errors
 from edgeexport.core import Format, Shift, TensorClass
@@ -118,6 +118,13 @@ SCHEMES: Mapping[str, Scheme] = {
 }
 
 
+AUTO = replace(
+    SCHEMES["int4-b32"],
+    name="auto",
+    title="the format of each matrix by what it loses, within --max-size, --max-kl or --for-device",
+)
+"""What is not chosen is as in `int4-b32`."""
+
 OWN_SCHEMES: Mapping[str, Scheme] = {
     scheme.name: scheme
     for scheme in (
@@ -156,7 +163,7 @@ OWN_SCHEMES: Mapping[str, Scheme] = {
 def find(name: str, own: Collection[str] = tuple(OWN_SCHEMES)) -> Scheme:
     """The preset of this name, one for all backends or one of `own`. Raises `unknown-scheme` with suggestions, and
     `scheme-of-another-backend`."""
-    known = {**SCHEMES, **{each: OWN_SCHEMES[each] for each in own}}
+    known = {**SCHEMES, AUTO.name: AUTO, **{each: OWN_SCHEMES[each] for each in own}}
     if name not in known and name in OWN_SCHEMES:
         raise errors.scheme_of_another_backend(name, OWN_SCHEMES[name].title, known)
     if name not in known:

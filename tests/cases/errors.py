@@ -230,6 +230,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "damaged_wav": {"where": "talk.wav", "problem": "chunk 'data' claims 32000 bytes, 100 are left"},
     "bad_sound": {"where": "talk.wav", "problem": "it has no samples"},
     "unknown_method": {"name": "gpt", "known": ["none", "search", "gptq"]},
+    "budget_too_small": {"asked": "20000000 bytes", "why": "the smallest formats need 72847872 bytes"},
+    "budget_without_auto": {"option": "--max-size"},
+    "unknown_device": {"name": "galaxy-s32", "target": "android-ort", "known": ["galaxy-s23", "galaxy-s25"]},
+    "plan_unusable": {"path": "quant-plan.json", "why": "the model has no model.layers.9.mlp.up_proj.weight"},
+    "max_size_exceeded": {"limit": 90 << 20, "size": 91 << 20},
     "text_unreadable": {"path": Path("notes.txt"), "why": "it has fewer than two tokens"},
     "calibration_unusable": {"path": Path("texts"), "why": "it holds no .txt, .md or .jsonl file"},
     "samples_unusable": {
