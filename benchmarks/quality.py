@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from edgeexport import calibrate, families, quant, sensitivity, steps, targets
+from edgeexport import calibrate, choosing, families, quant, sensitivity, steps, targets
 from edgeexport.bundle.cache import Cache
 from edgeexport.canonical.dialect import classes
 from edgeexport.canonical.streaming import Rows, StreamedGraph
@@ -160,7 +160,7 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
             if case.bits:
                 plan = chosen_plan(job, part, kinds, reader, case, encodings)
             own = replace(job, calibration=Calibration.of(case.method, None))
-            done = steps.calibrate(own, [replace(part, plan=plan)], reader, Cache(), console)[0]
+            done = choosing.calibrate(own, [replace(part, plan=plan)], reader, Cache(), console)[0]
             source = PlannedWeights(reader, weights, plan, codes=done.codes)
             by_ref = {ref.name: name for name, ref in weights.items()}
             row = judged(job, stored(source, by_ref, tensors), original, reference, passages, case, started)
@@ -185,7 +185,7 @@ def chosen_plan(
     texts = replace(job, calibration=Calibration.of("search", None))
     rows = calibrate.rows_of(part.models[0], reader.rows)
     with TemporaryDirectory() as folder:
-        calls = steps.short_calls(texts, [part], reader, len(sensitivity.units(task)))
+        calls = choosing.short_calls(texts, [part], reader, len(sensitivity.units(task)))
         units = sensitivity.measure(task, calls, rows, Path(folder), no_progress)
     choice = budget.choose(units, 0, Budget(size=int(case.bits * elements(matrices) / 8)))
     print(f"    expected KL {choice.expected_kl}: {budget.summary(choice)}", flush=True)
@@ -233,7 +233,7 @@ def importance(job: Job, model: CanonicalModel, reader: WeightReader) -> dict[st
 
     graph = StreamedGraph(model, tapped=True, slots=calibration.LENGTH)
     own = replace(job, calibration=Calibration.of("search", None))
-    values = graph.begin([call.inputs() for call in steps.calibration_calls(own, [], lambda _: _no_rows)])
+    values = graph.begin([call.inputs() for call in choosing.calibration_calls(own, [], lambda _: _no_rows)])
     sums: dict[str, list[Any]] = {}
 
     def tap(name: str, x: Array) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeexport import errors, families, quant, shipping, targets
+from edgeexport import choosing, errors, families, quant, shipping, targets
 from edgeexport import steps as step
 from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.cache import Cache
@@ -91,7 +91,7 @@ def build(
     checkpoint = open_checkpoint(model)
     aim = targets.load(target)
     given = find_samples(samples) if samples is not None else None
-    calibration = step.calibration(plan, calibrate, calibrate_method, device)
+    calibration = choosing.calibration(plan, calibrate, calibrate_method, device)
     family = families.find(checkpoint.model_type)
     limits, choice = Budget(**plan["budget"]), asked.choice()
     job = Job(
@@ -116,12 +116,12 @@ def build(
     cache = Cache()
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
-        job, planned = step.choose(job, traced, reader, cache, console)
+        job, planned = choosing.choose(job, traced, reader, cache, console)
         if (result := done(job)) is not None:
             return result
         refuse_existing(destination, force=force)
         step.check(job, planned)
-        chosen = step.calibrate(job, planned, reader, cache, console)
+        chosen = choosing.calibrate(job, planned, reader, cache, console)
         parts = step.compile(job, chosen, reader, cache, console)
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)

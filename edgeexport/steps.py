@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,27 +25,19 @@ from edgeexport.core import (
     Artifact,
     CanonicalModel,
     Component,
-    Example,
     Finding,
     Progress,
     Provenance,
     QuantPlan,
     TensorRef,
 )
-from edgeexport.job import Job, code_digest, tool_versions
-from edgeexport.quant import budget
-from edgeexport.quant.budget import Budget, Choice
-from edgeexport.quant.calibration import LENGTH, METHODS, TOKENS, Calibration, default_method
-from edgeexport.quant.codes import CodeStore, load_index
-from edgeexport.quant.schemes import AUTO
+from edgeexport.job import Job
+from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.source import PlannedWeights, no_samples
-from edgeexport.session.inputs import Inputs
-from edgeexport.session.runner import Call
 from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
-    from edgeexport.canonical.streaming import Rows
     from edgeexport.parity.evidence import Probe
     from edgeexport.parity.examples import Shown
     from edgeexport.parity.ladder import Climb
@@ -57,10 +48,6 @@ PROBE_WORK = 1e12
 """Floating point operations that L2 may spend on pictures: some ten seconds on two cores."""
 PROBE_SCREEN = (112, 84)
 """Height and width in pixels of the picture that L2 shows instead."""
-SHORT_TOKENS = 64
-SHORT_WORK = 2e13
-"""What a measurement of formats feeds each variant of a model: sequences of so many tokens, six or fewer; weights times
-tokens of all variants, some half an hour on two cores."""
 MAX_TEXT_BYTES = 1 << 20
 """Of a text that a bundle is compared along: hours at most."""
 PROMPTS = 4
@@ -84,20 +71,6 @@ def read_tokenizer(job: Job) -> list[Finding]:
     """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks."""
     remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(job.checkpoint.path)]
     return remarks + job.text_tables[1]
-
-
-def calibration(plan: Mapping[str, Any], path: Path | None, method: str | None, device: str) -> Calibration:
-    """How a build chooses integers: as it is told, else by the model's size. Raises: UsageError `unknown-method`,
-    `calibration-unusable`; ToolError `no-gpu`."""
-    if device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise errors.no_gpu(f"PyTorch {torch.__version__} finds none", "leave --device out, or go where a GPU is")
-    chosen = method or default_method(plan["model"]["parameters"])
-    if chosen not in METHODS:
-        raise errors.unknown_method(chosen, METHODS)
-    return Calibration.of(chosen, path, device)
 
 
 def announce(console: Console, plan: Mapping[str, Any], destination: Path) -> None:
@@ -201,89 +174,6 @@ def plan_weights(job: Job, models: Sequence[CanonicalModel]) -> QuantPlan:
     return quant.plan(shapes, kinds, job.scheme, traits, encodings, chosen)
 
 
-def choose(
-    job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console
-) -> tuple[Job, list[Built]]:
-    """The formats of a job that asks for a choice: those given, else the best within its budget by what each loses.
-
-    Raises: UsageError `budget-too-small`, `plan-unusable`."""
-    if job.scheme != AUTO.name:
-        return job, list(parts)
-    if job.choice is None:
-        job = replace(job, choice=_chosen(job, parts, reader, cache, console))
-        parts = [replace(part, plan=plan_weights(job, part.models)) for part in parts]
-    assert job.choice is not None, "chosen above, or given"
-    strangers = job.choice.tensors.keys() - {name for part in parts for name in part.plan.formats}
-    if strangers:
-        raise errors.plan_unusable(budget.FILE, f"the model has no {', '.join(sorted(strangers)[:3])}")
-    console.say(
-        f"Formats: {', '.join(f'{count} {name}' for name, count in budget.summary(job.choice).items())}; "
-        f"{format_bytes(job.choice.bytes)}, expected KL {job.choice.expected_kl:.2g}"
-    )
-    return job, list(parts)
-
-
-def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> Choice:
-    """The best choice within the budget; where none was given, within the bytes of the target's own scheme."""
-    from edgeexport import calibrate as calibration
-    from edgeexport import sensitivity
-
-    decoder = next(part for part in parts if part.name == DECODER)
-    model, traits = decoder.models[0], backends.load(job.target.backend).TRAITS
-    task = sensitivity.Task(model, decoder.plan.classes, traits)
-    asked = Calibration.of("search", None)
-    texts = job.calibration if job.calibration.sources else asked
-    takes = asdict(replace(traits, package=None))
-    named = key("sensitivity", model.digest, job.weights_digest, takes, texts.digest, tool_versions(), code_digest())
-
-    def fill(folder: Path) -> None:
-        work = cache.workplace("sensitivity", named)
-        with calibration.owned(work), console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
-            rows = calibration.rows_of(model, reader.rows)
-            calls = short_calls(replace(job, calibration=texts), parts, reader, len(sensitivity.units(task)))
-            found = sensitivity.measure(task, calls, rows, work, progress)
-            (folder / "units.json").write_bytes(msgspec.json.encode(found))
-            shutil.rmtree(work, ignore_errors=True)
-
-    with console.step(f"Measuring what each matrix of {job.checkpoint.name} loses"):
-        folder, _ = cache.folder("sensitivity", named, fill)
-    units = msgspec.json.decode((folder / "units.json").read_bytes(), type=list[budget.Unit])
-    elsewhere = [part for part in parts if part.name != DECODER]
-    units = [_everywhere(unit, elsewhere) for unit in units]
-    own = {name for unit in units for name in unit.options[0].formats}
-    rest = [(fmt, part.shapes()[name]) for part in parts for name, fmt in part.plan.formats.items() if name not in own]
-    limits = job.budget
-    if limits == Budget():
-        preset = replace(job, scheme=job.target.quant)
-        limits = Budget(sum(plan_weights(preset, part.models).ideal_bytes(part.shapes()) for part in parts))
-    return budget.choose(units, sum(fmt.nbytes(shape) for fmt, shape in rest), limits)
-
-
-def _everywhere(unit: budget.Unit, parts: Sequence[Built]) -> budget.Unit:
-    """A unit with the bytes of its matrices in other components, too: a tied table's."""
-
-    def more(option: budget.Option) -> int:
-        return sum(
-            quant.FORMATS[fmt].nbytes(part.shapes()[name])
-            for name, fmt in option.formats.items() for part in parts if name in part.plan.formats
-        )  # fmt: skip
-
-    return budget.Unit(tuple(msgspec.structs.replace(each, bytes=each.bytes + more(each)) for each in unit.options))
-
-
-def short_calls(job: Job, parts: Sequence[Built], reader: WeightReader, units: int) -> list[Mapping[str, Array]]:
-    """A few short sequences of different kinds, fewer for a model so large that they would take long."""
-    from edgeexport import calibrate as calibration
-
-    weights = sum(math.prod(shape) for shape in next(part for part in parts if part.name == DECODER).shapes().values())
-    count = max(2, min(6, int(SHORT_WORK / (units * weights * SHORT_TOKENS))))
-    calls = calibration_calls(
-        job, parts, lambda model: calibration.rows_of(model, reader.rows), tokens=1, length=SHORT_TOKENS, shows=False
-    )
-    step = len(calls) / min(count, len(calls))
-    return [calls[int(at * step)].inputs() for at in range(min(count, len(calls)))]
-
-
 def check(job: Job, parts: Sequence[Built]) -> None:
     """Raise LoweringError with every node that the backend refuses, before a weight is read."""
     backend = backends.load(job.target.backend)
@@ -293,80 +183,6 @@ def check(job: Job, parts: Sequence[Built]) -> None:
     refused = [finding for finding in findings if finding.severity == "error"]
     if refused:
         raise errors.LoweringError(*refused)
-
-
-def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
-    """Choose the integers of the decoder's 4-bit weights by what they are fed, where the job asks for it."""
-    from edgeexport import calibrate as calibration
-
-    method = job.calibration.method
-    decoder = next(part for part in parts if part.name == DECODER)
-    model = decoder.models[0]
-    names = calibration.wanted(model, decoder.plan)
-    if method == "none" or not names:
-        return list(parts)
-    formats = {name: decoder.plan.formats[name] for name in sorted(names)}
-    chosen = method, job.calibration.digest, job.calibration.device
-    named = key("codes", model.digest, job.weights_digest, formats, chosen, tool_versions(), code_digest())
-
-    def rows(model: CanonicalModel) -> Rows:
-        return calibration.rows_of(model, reader.rows)
-
-    def fill(folder: Path) -> None:
-        work = cache.workplace("calibrate", named)
-        task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
-        with calibration.owned(work), console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
-            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
-            calibration.run(task, calls, rows(model), work, progress).move(folder)
-            shutil.rmtree(work, ignore_errors=True)
-
-    with console.step(f"Calibrating {job.checkpoint.name} by {method}"):
-        folder, _ = cache.folder("codes", named, fill)
-    store = CodeStore(folder, load_index(folder))
-    return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]
-
-
-def calibration_calls(
-    job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows], *, tokens: int = TOKENS,
-    length: int = LENGTH, shows: bool = True,
-) -> list[Call]:  # fmt: skip
-    """What a decoder is fed while it is calibrated: about `tokens` of the calibration's texts in sequences of `length`
-    at most and, where the model sees or hears and this `shows` it any, the ladder's pictures and sounds, through the
-    model's own encoders."""
-    from edgeexport.canonical.streaming import StreamedGraph
-    from edgeexport.quant import calibration
-
-    vocab = job.family.geometry(job.checkpoint.config).vocab
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
-
-    def encode(document: calibration.Document) -> list[int]:
-        text = document.text
-        if document.messages:
-            if job.chat_template is not None:
-                text = job.chat_template.render(document.messages, add_generation_prompt=False)
-            else:
-                text = "\n\n".join(str(message["content"]) for message in document.messages)
-        return [token for token in tokenizer.encode(text) if token < vocab]
-
-    found = calibration.sequences(job.calibration.sources, encode, job.context, tokens, length)
-    examples = [Example(each) for each in found] + [case.example for case in (shown(job) if shows else {}).values()]
-    if job.contract is None:
-        return [Call(each.tokens, 0) for each in examples]
-
-    graphs: dict[tuple[str, str], StreamedGraph] = {}
-
-    def run(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        part = next(part for part in parts if part.name == component)
-        model = next(each for each in part.models if each.variant == variant)
-        graph = graphs.setdefault((component, variant), StreamedGraph(model))
-        return graph.run([inputs], rows(model)).outputs[0]
-
-    calls = []
-    inputs = Inputs(job.contract, run)
-    for each in examples:
-        fed = inputs.feed(each.tokens, [inputs.encode(prepared) for prepared in each.encoder_inputs], 0)
-        calls.append(Call(fed.embeds, 0, fed.rope))
-    return calls
 
 
 def tokens_of(job: Job, text: Path) -> Array:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -161,6 +163,69 @@ def test_a_user_gives_texts_and_conversations(tmp_path: Path) -> None:
     digest = calibration.Calibration.of("gptq", tmp_path).digest
     assert digest != calibration.Calibration.of("gptq", tmp_path / "a.txt").digest
     assert calibration.Calibration.of("none", None).digest == ""
+
+
+def conversation(*parts: dict[str, Any]) -> bytes:
+    return json.dumps({"messages": [{"role": "user", "content": list(parts)}]}).encode()
+
+
+TEXT = {"type": "text", "text": "What is this?"}
+PIXELS = base64.b64encode(b"BM-picture").decode()
+
+
+def test_pictures_and_sounds_of_a_conversation_are_read_in_order(tmp_path: Path) -> None:
+    (tmp_path / "shot.png").write_bytes(b"PNG-picture")
+    parts = [
+        {"type": "image_url", "image_url": {"url": "shot.png"}},
+        {"type": "input_audio", "input_audio": {"data": base64.b64encode(b"RIFF").decode(), "format": "wav"}},
+        {"type": "image_url", "image_url": {"url": f"data:image/bmp;base64,{PIXELS}"}},
+        TEXT,
+    ]
+    (tmp_path / "a.jsonl").write_bytes(conversation(*parts))
+    [source] = calibration.given(tmp_path / "a.jsonl")
+    [document] = source.documents
+    assert [(each.kind, each.data) for each in document.media] == [
+        ("image", b"PNG-picture"), ("audio", b"RIFF"), ("image", b"BM-picture"),
+    ]  # fmt: skip
+    assert document.messages[0]["content"] == [{"type": "image"}, {"type": "image"}, TEXT]
+    assert calibration.sequences([source], by_bytes, 64) == []  # it goes whole, and not among the texts
+    before = calibration.Calibration.of("search", tmp_path / "a.jsonl").digest
+    (tmp_path / "shot.png").write_bytes(b"PNG-picturf")
+    assert calibration.Calibration.of("search", tmp_path / "a.jsonl").digest != before
+
+
+def test_a_content_of_text_parts_is_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(conversation(TEXT, TEXT))
+    [source] = calibration.given(tmp_path / "a.jsonl")
+    assert source.documents[0].messages[0]["content"] == 2 * str(TEXT["text"])
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": {"url": "../secret.png"}},
+        {"type": "image_url", "image_url": {"url": "/etc/hostname"}},
+        {"type": "image_url", "image_url": {"url": "link.png"}},
+        {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}},
+        {"type": "image_url", "image_url": {"url": "missing.png"}},
+        {"type": "image_url", "image_url": {"url": "a\0.png"}},
+        {"type": "image_url", "image_url": {"url": "data:image/png,plain"}},
+        {"type": "image_url", "image_url": {"url": 3}},
+        {"type": "image_url"},
+        {"type": "input_audio", "input_audio": {"data": "!"}},
+        {"type": "video_url", "video_url": {"url": "a.mp4"}},
+        {"text": "of no type"},
+        "a string",
+    ],
+    ids=str,
+)
+def test_parts_that_cannot_be_used_are_refused(part: Any, tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(b"outside")
+    (tmp_path / "chats").mkdir()
+    (tmp_path / "chats" / "link.png").symlink_to(tmp_path / "secret.png")
+    (tmp_path / "chats" / "a.jsonl").write_bytes(conversation(part))
+    with pytest.raises(errors.UsageError, match="calibration-unusable"):
+        calibration.given(tmp_path / "chats" / "a.jsonl")
 
 
 @pytest.mark.parametrize(

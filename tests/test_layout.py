@@ -63,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 quant reads the weights it quantises; bundle finds a backend's runner by name; a family states its pictures' contract
 in the session's words, and parity proves the session's own way into the model. autoglm_phone is trained and judged
 here, so its programs read towers, media and bundles. `pipeline` with its parts and the command line see all."""
-SEES_ALL = {"pipeline", "steps", "job", "shipping", "cli", "cli_show", "cli_chat", "cli_gpu", "cli_import"}
+SEES_ALL = {"pipeline", "steps", "choosing", "job", "shipping", "cli", "cli_show", "cli_chat", "cli_gpu", "cli_import"}
 
 BUILD_ROOMS = {
     "backends.coreml_lowering",

@@ -7,6 +7,7 @@ same tokenizer always gives the same sequences.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -59,14 +60,22 @@ TEXTS, CHATS = frozenset({".txt", ".md"}), frozenset({".jsonl"})
 
 
 @dataclass(frozen=True)
+class Medium:
+    """A picture or a sound of a conversation: its file's bytes."""
+
+    kind: Literal["image", "audio"]
+    data: bytes = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Document:
-    """A text, or the messages of a conversation in the form of OpenAI's API."""
+    """A text, or the messages of a conversation in the form of OpenAI's API, its pictures and sounds apart, in order.
+    In the messages {"type": "image"} stands for a picture and nothing for a sound, as chat templates take them."""
 
     text: str = ""
     messages: tuple[Mapping[str, Any], ...] = ()
     where: str = ""
-    folder: Path | None = None
-    """Where pictures and sounds lie that messages name."""
+    media: tuple[Medium, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,6 +106,8 @@ class Calibration:
         for source in sources:
             for each in source.documents:
                 state.update(json.dumps([source.name, source.share, each.text, each.messages]).encode())
+                for medium in each.media:
+                    state.update(medium.kind.encode() + hashlib.sha256(medium.data).digest())
         return cls(method, tuple(sources), state.hexdigest(), device)
 
 
@@ -154,7 +165,61 @@ def _documents(name: str, text: str, file: Path | None = None) -> Iterator[Docum
             ) from None
         if not good:
             raise errors.calibration_unusable(file or Path(name), f"line {number} is no list of messages with roles")
-        yield Document(messages=tuple(messages), where=where, folder=file.parent if file is not None else None)
+        try:
+            media: list[Medium] = []
+            plain = tuple(_plain(message, file.parent if file is not None else None, media) for message in messages)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as problem:
+            why = f"line {number} has a part that cannot be used: {problem}"
+            raise errors.calibration_unusable(file or Path(name), why) from None
+        yield Document(messages=plain, where=where, media=tuple(media))
+
+
+def _plain(message: Mapping[str, Any], folder: Path | None, media: list[Medium]) -> Mapping[str, Any]:
+    """A message as a chat template takes it; its pictures and sounds are added to `media`.
+
+    Raises ValueError, KeyError, TypeError, AttributeError or OSError for a part of another form."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return message
+    parts: list[Mapping[str, Any]] = []
+    for part in content:
+        kind = part["type"]
+        if kind == "image_url":
+            media.append(Medium("image", _bytes_of(part["image_url"]["url"], folder)))
+            parts.append({"type": "image"})
+        elif kind == "input_audio":
+            media.append(Medium("audio", _decoded(part["input_audio"]["data"])))
+        elif kind == "audio_url":
+            media.append(Medium("audio", _bytes_of(part["audio_url"]["url"], folder)))
+        elif kind == "text":
+            parts.append({"type": "text", "text": str(part["text"])})
+        else:
+            raise ValueError(f"its type is {kind!r}, not text, image_url, audio_url or input_audio")
+    only_text = all(part["type"] == "text" for part in parts)
+    return {**message, "content": "".join(str(part["text"]) for part in parts) if only_text else parts}
+
+
+def _bytes_of(url: str, folder: Path | None) -> bytes:
+    """What a data: URL holds, or a file in the conversations' own folder. Nothing is fetched. Raises as `_plain`."""
+    if url.startswith("data:"):
+        head, _, data = url.partition(",")
+        if not head.endswith(";base64"):
+            raise ValueError("a data: URL is read in base64 alone")
+        return _decoded(data)
+    if "://" in url:
+        raise ValueError(f"{url.partition('://')[0]}: is not fetched; name a file beside the conversations, or data:")
+    if folder is None:
+        raise ValueError("files lie beside conversations")
+    path = (folder / url).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        raise ValueError(f"{url} is no file in the folder of the conversations")
+    if path.stat().st_size > MAX_FILE:
+        raise ValueError(f"{url} has more than {MAX_FILE >> 20} MiB")
+    return path.read_bytes()
+
+
+def _decoded(data: str) -> bytes:
+    return base64.b64decode(data, validate=True)
 
 
 Encode = Callable[[Document], Sequence[int]]
@@ -186,6 +251,8 @@ def _pieces(source: Source, encode: Encode, length: int) -> Iterator[Sequence[in
     """Texts joined and cut, conversations cut at their ends."""
     stream: list[int] = []
     for document in source.documents:
+        if document.media:  # goes whole, with its pictures and sounds
+            continue
         ids = list(encode(document))
         if document.messages:
             if ids:
