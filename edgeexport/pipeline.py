@@ -87,7 +87,7 @@ def build(
     family = families.find(checkpoint.model_type)
     job = Job(checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration)
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
-    remarks = step.read_tokenizer(job)
+    remarks = step.read_tokenizer(job) + step.rounded_anew(plan)
     step.announce(console, plan, destination)
 
     if destination.exists() and (known := shipping.up_to_date(job, destination)) is not None:

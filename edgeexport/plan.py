@@ -82,11 +82,13 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
     devices = device_table(aim, sizes)
     findings = [finding for error in problems.errors for finding in error.findings]
+    findings += schemes.findings(opened.tensors, quantised, traits)
     findings += _fit_warning(aim, devices, sizes)
     return {
         "model": _model(opened, shapes),
         "target": {"name": aim.name, "title": aim.title, "backend": aim.backend, "artifact": aim.artifact},
         "scheme": quantised.scheme,
+        "carried": carried_over(quantised, shapes),
         "context": slots,
         "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
@@ -94,6 +96,18 @@ def plan(model: str, target: str, quant: str | None = None, context: int | None 
         "devices": devices,
         "findings": [asdict(finding) for finding in findings],
         "exit_code": problems.errors[0].exit_code if problems.errors else 0,
+    }
+
+
+def carried_over(quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """How many of the matrices keep the checkpoint's own integers, and how many bits each of their weights takes with
+    scales and the like; None where there are none."""
+    size = sum(quantised.formats[name].nbytes(shapes[name]) for name in quantised.carried)
+    weights = sum(_elements(shapes[name]) for name in quantised.carried)
+    return {
+        "matrices": len(quantised.carried),
+        "of": sum(len(shapes[name]) == 2 for name in quantised.formats),
+        "bits_per_weight": round(8 * size / weights, 3) if weights else None,
     }
 
 
@@ -232,7 +246,7 @@ def _model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dic
         "format": checkpoint.format,
         "model_type": checkpoint.model_type,
         "parameters": sum(_elements(shape) for shape in shapes.values()),
-        "bytes": sum(ref.nbytes for ref in checkpoint.tensors.values()),
+        "bytes": sum(ref.stored_bytes for ref in checkpoint.tensors.values()),
     }
 
 

@@ -79,6 +79,11 @@ def read_tokenizer(job: Job) -> list[Finding]:
     return remarks + job.text_tables[1]
 
 
+def rounded_anew(plan: Mapping[str, Any]) -> list[Finding]:
+    """The plan's warnings that codes of the checkpoint are not kept."""
+    return [Finding(**finding) for finding in plan["findings"] if finding["code"] == "quantised-anew"]
+
+
 def calibration(plan: Mapping[str, Any], path: Path | None, method: str | None, device: str) -> Calibration:
     """How a build chooses integers: as it is told, else by the model's size. Raises: UsageError `unknown-method`,
     `calibration-unusable`; ToolError `no-gpu`."""

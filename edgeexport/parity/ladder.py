@@ -275,7 +275,7 @@ def _answers(
         return [answer.logits for answer in reference.answers(examples, firsts)]
 
     mine = [each.example.tokens[len(prompt.tokens) :] for each, prompt in zip(answered, prompts.values(), strict=True)]
-    size = sum(ref.nbytes for ref in subject.tensors.values())
+    size = sum(ref.stored_bytes for ref in subject.tensors.values())
     passes = answers.PASSES_OF_LARGE if size > answers.LARGE_BYTES else answers.PASSES
     compared = answers.compare(
         list(prompts), list(prompts.values()), mine, logits, judge, subject.stop_ids, tie, passes

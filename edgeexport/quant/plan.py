@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from edgeexport.checkpoint.packed import held_in
 from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass, Traits
+from edgeexport.quant import prequantised
 from edgeexport.quant.repack import ENCODINGS
 from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, SUFFIXES, Scheme, find
 
@@ -56,7 +58,7 @@ def plan(
         kind = classes[name]
         wanted = preset.value if preset.value is not None and kind == "linear" and is_value(name) else None
         formats[name] = fmt = _format_of(wanted or preset.formats[kind], kind, shape)
-        own = _own_lattice(preset, kind, (encodings or {}).get(name), traits)
+        own = _own_lattice(preset, kind, (encodings or {}).get(name), traits, shape)
         if own is not None:
             carried.add(name)
             formats[name] = own
@@ -71,11 +73,16 @@ ZERO_POINTS = frozenset({"linear"})
 """Classes whose 4-bit blocks get a zero point where the runtime takes it for free."""
 
 
-def _own_lattice(preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits) -> Format | None:
+def _own_lattice(
+    preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits, shape: tuple[int, ...]
+) -> Format | None:
     """The format that carries a multiplication's integers over from this encoding; None where there is none, or where
     the scheme asks for fewer bits than they have or for other blocks."""
-    held = ENCODINGS.get(encoding or "")
     asked = preset.linear
+    packed = held_in(encoding or "")
+    if packed is not None:
+        return prequantised.own_format(packed, preset.formats[kind], kind, shape, traits)
+    held = ENCODINGS.get(encoding or "")
     if held is None or kind != "linear" or not asked.integer or asked.palette or asked.float8:
         return None
     if held.bits == 8:
