@@ -509,6 +509,8 @@ class Traits:
     """What its 4-bit blocks may have beside a scale, the one to prefer first."""
     int8_blocks: bool = False
     """Its runtime multiplies by 8-bit integers with a scale per block, too."""
+    least_block: int = 16
+    """The least 4-bit integers that may share a scale."""
     splits: bool = False
     """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
     widens: int = 0

@@ -1,8 +1,7 @@
 """Carry over the codes of checkpoints that come quantised by GPTQ, AWQ, compressed-tensors or float8.
 
     int4, symmetric      int4 blocks of the checkpoint's own group, whichever blocks the scheme asks for: the same
-                         integers with the fewest scales. A group larger than any block of ours repeats its scale; one
-                         scale per row stays one.
+                         integers with the fewest scales. A group larger than any block of ours repeats its scale.
     int4, zero points    the same and zero points, exactly, where the runtime has them (ONNX Runtime, Core ML); else
                          offsets -scale * zero, rounded to float16 (MNN) or to int8 (LiteRT, TensorRT)
     int8, symmetric      one scale per row, or int8 blocks where the runtime multiplies by such
@@ -30,6 +29,8 @@ NAN8 = 0x7F
 """The bits of float8 e4m3's NaN, the sign apart."""
 LEAST = np.float32(2**-24)
 """The least float16 above zero."""
+LEAST_SUMS = 4
+"""Blocks of a row that has int8 offsets: LiteRT's kernels refuse the multiplication by fewer sums."""
 
 
 def own_format(held: Held, asked: Format, kind: TensorClass, shape: tuple[int, ...], traits: Traits) -> Format | None:
@@ -41,23 +42,24 @@ def own_format(held: Held, asked: Format, kind: TensorClass, shape: tuple[int, .
         return None
     if held.float8:
         return asked if held.group == width else None
-    block = max((size for size in BLOCKS if held.group % size == 0), default=0)
+    fitting = [size for size in BLOCKS if held.group % size == 0]
     whole_row = held.group == width and not held.zeros
-    if block == 0 or (held.zeros and held.bits == 8):
+    if not fitting or (held.zeros and held.bits == 8):
         return None
     if kind != "linear":
         fits = whole_row if not asked.block else held.group % asked.block == 0
         return asked if fits and not held.zeros and not asked.shift else None
-    if whole_row:
-        return INT4_CHANNEL if held.bits == 4 else INT8_CHANNEL
     if held.bits == 8:
-        return FORMATS[f"int8-b{block}"] if traits.int8_blocks else None
-    if not asked.block:  # an int4 of one scale per row is asked for by delegates that take nothing else
-        return None
-    if not held.zeros:
-        return FORMATS[f"int4-b{block}"]
+        return INT8_CHANNEL if whole_row else FORMATS[f"int8-b{max(fitting)}"] if traits.int8_blocks else None
+    if not asked.block:  # one scale per row is asked for by delegates that take nothing else
+        return INT4_CHANNEL if whole_row else None
     shift = "zero" if "zero" in traits.shifts else next(iter(traits.shifts), None)
-    return FORMATS[f"int4-b{block}-{SUFFIXES[shift]}"] if shift is not None else None
+    fitting = [size for size in fitting if size >= traits.least_block]
+    if not held.zeros:
+        return FORMATS[f"int4-b{max(fitting)}"] if fitting else None
+    if shift == "int8":
+        fitting = [size for size in fitting if width // size >= LEAST_SUMS]
+    return FORMATS[f"int4-b{max(fitting)}-{SUFFIXES[shift]}"] if fitting and shift is not None else None
 
 
 def carried_rows(reader: WeightReader, ref: TensorRef, fmt: Format, start: int, stop: int) -> Codes:
@@ -152,8 +154,11 @@ def _why_not(held: Held, plan: QuantPlan, name: str, traits: Traits) -> tuple[st
             "their scales are of groups, and this runtime multiplies by 8-bit integers of one scale per row alone",
             "use a checkpoint with a scale per channel, or another target",
         )
-    if fmt.bits == held.bits and fmt.block and held.group % min(BLOCKS):
-        return f"no block divides their groups of {held.group}", "use a checkpoint with groups of 32, 64 or 128"
+    if fmt.bits == held.bits and fmt.block:
+        return (
+            f"no block that the runtime takes divides their groups of {held.group}",
+            "use a checkpoint with groups of 32, 64 or 128",
+        )
     return (
         f"they have {held.bits} bits in groups of {held.group}, which the scheme {plan.scheme} does not keep",
         f"use `--quant {best}`",
