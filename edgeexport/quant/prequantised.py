@@ -29,8 +29,6 @@ NAN8 = 0x7F
 """The bits of float8 e4m3's NaN, the sign apart."""
 LEAST = np.float32(2**-24)
 """The least float16 above zero."""
-LEAST_SUMS = 4
-"""Blocks of a row that has int8 offsets: LiteRT's kernels refuse the multiplication by fewer sums."""
 
 
 def own_format(held: Held, asked: Format, kind: TensorClass, shape: tuple[int, ...], traits: Traits) -> Format | None:
@@ -57,8 +55,6 @@ def own_format(held: Held, asked: Format, kind: TensorClass, shape: tuple[int, .
     fitting = [size for size in fitting if size >= traits.least_block]
     if not held.zeros:
         return FORMATS[f"int4-b{max(fitting)}"] if fitting else None
-    if shift == "int8":
-        fitting = [size for size in fitting if width // size >= LEAST_SUMS]
     return FORMATS[f"int4-b{max(fitting)}-{SUFFIXES[shift]}"] if fitting and shift is not None else None
 
 
