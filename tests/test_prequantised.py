@@ -4,6 +4,7 @@ What the codes stand for is written in prequantised.py from the methods' descrip
 
 from __future__ import annotations
 
+import json
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -197,6 +198,9 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
         "quantisation-option", "sparse-24",
     ),
+    "compressed-tensors of unknown bits": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, "quantisation-option", "config_groups",
+    ),
     "fp8 of odd blocks": ({"quant_method": "fp8", "weight_block_size": [128]}, "quantisation-option", "[128]"),
 }  # fmt: skip
 """Settings that are refused, the code, and what the finding names."""
@@ -205,8 +209,9 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_read_is_one_finding_that_names_it(name: str, tmp_path: Path) -> None:
     given_settings, code, named = REFUSED[name]
-    stored, _ = tensors_of(VARIANTS["gptq symmetric"])
-    write(tmp_path, replace(VARIANTS["gptq symmetric"], settings=given_settings), stored)
+    packed_as = "pack-quantized" if named == "config_groups" else "gptq symmetric"
+    stored, _ = tensors_of(VARIANTS[packed_as])
+    write(tmp_path, replace(VARIANTS[packed_as], settings=given_settings), stored)
     with pytest.raises(errors.CheckpointError) as caught:
         open_checkpoint(tmp_path)
     (finding,) = caught.value.findings
@@ -340,6 +345,25 @@ def test_any_shape_dtype_and_numbers_end_in_rows_or_in_a_finding(
                     carried_rows(reader, ref, plan.formats[tensor], 0, ref.shape[0])
     except errors.EdgeExportError as error:
         assert error.exit_code == 3
+
+
+def test_parts_may_lie_in_several_files(tmp_path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    variant = VARIANTS["gptq with zero points"]
+    stored, wanted = tensors_of(variant)
+    write(tmp_path, variant, stored)
+    (tmp_path / "model.safetensors").unlink()
+    shards = {name: f"model-{1 + name.endswith(('scales', 'g_idx'))}.safetensors" for name in stored}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    for shard in set(shards.values()):
+        part = {name: np.ascontiguousarray(stored[name]) for name in stored if shards[name] == shard}
+        save_file(part, tmp_path / shard)
+    checkpoint = open_checkpoint(tmp_path)
+    assert len(checkpoint.files) == 2
+    with WeightReader() as reader:
+        for name, matrix in wanted.items():
+            np.testing.assert_array_equal(reader.read(checkpoint.tensors[name]), matrix)
 
 
 def test_zero_points_that_a_symmetric_checkpoint_promised_not_to_have(tmp_path: Path) -> None:

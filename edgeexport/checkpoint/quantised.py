@@ -214,6 +214,8 @@ def _awq(index: _Index) -> dict[str, TensorRef]:
 def _compressed(index: _Index) -> dict[str, TensorRef]:
     """compressed-tensors': weight_packed and weight_shape, or weight; weight_scale; weight_zero_point, weight_g_idx."""
     schemes = _compressed_schemes(index)
+    if not schemes and index.modules(".weight_packed"):
+        raise index.refuse("no config_groups", "they say how many bits a word's integers have")
     for module in index.modules(".weight_packed"):
         name, codes = f"{module}.weight", index.need(module, "weight_packed")
         rows, words = _matrix(name, codes, ["I32"])
