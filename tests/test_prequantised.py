@@ -148,6 +148,20 @@ def test_a_scheme_keeps_its_own_number_of_bits_in_whatever_blocks(scheme: str, f
     assert {rows.formats[name].name for name in rows.carried} == {"int4-channel"}
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("encoding", "block"), [("int4-g16", 16), ("int4-g48", 16), ("int4-g8", 0), ("int4-g256", 128), ("int4-g512", 128)]
+)
+def test_a_group_is_held_in_the_largest_blocks_that_divide_it(encoding: str, block: int, backend: str) -> None:
+    encodings = {"a.up_proj.weight": encoding}
+    traits = backends.load(backend).TRAITS
+    plan = quant.plan_from_names({"a.up_proj.weight": (64, 1536)}, "int4-b32", False, traits, encodings)
+    held = block >= traits.least_block
+    assert ("a.up_proj.weight" in plan.carried) == held
+    assert plan.formats["a.up_proj.weight"].block == (block if held else 32)
+    assert traits.least_block == (32 if backend == "tensorrt" else 16)
+
+
 def test_lm_head_is_carried_where_it_is_what_the_scheme_asks_for(tmp_path: Path) -> None:
     variant = VARIANTS["int-quantized"]
     stored, _ = tensors_of(variant)
