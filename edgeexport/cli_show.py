@@ -96,6 +96,7 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             f"{model['parameters'] / 1e6:.4g} million parameters, {format_bytes(model['bytes'])})",
             "target": f"{target['name']}: {target['title']} ({target['backend']}, {target['artifact']})",
             "scheme": plan["scheme"],
+            **_carried(plan["carried"]),
             "components": ", ".join(plan["components"]),
             "artifact": format_bytes(sizes["artifact"]),
             "KV cache": f"{format_bytes(sizes['kv_cache'])} for {plan['context']} tokens",
@@ -121,6 +122,14 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
         console.table(columns, rows, right=[*columns[1:4], *columns[5:]])
     for finding in plan["findings"]:
         console.finding(Finding(**finding))
+
+
+def _carried(carried: Mapping[str, Any]) -> dict[str, str]:
+    """The line on integers that are the checkpoint's own, where there are any."""
+    if not carried["matrices"]:
+        return {}
+    bits = f"{carried['bits_per_weight']:.2f} bits a weight"
+    return {"carried over": f"{carried['matrices']} of {carried['of']} matrices, {bits}"}
 
 
 def _rate(value: float | None) -> str:

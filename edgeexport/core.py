@@ -83,10 +83,48 @@ class RopeUnpermute:
 
 
 @dataclass(frozen=True)
+class Packing:
+    """How a matrix [N, K] that comes quantised lies in a checkpoint: its codes where its `TensorRef` says, its scales
+    and the rest in tensors of their own, all of whose shapes have been checked. weight = scale * (code - zero point).
+
+    `layout` of the codes, `bits` each:
+
+        "gptq"   int32 [K * bits / 32, N]: a word holds consecutive k, the first in its low bits
+        "awq"    int32 [K, N * bits / 32]: a word holds consecutive n, in the order 0 2 4 6 1 3 5 7 from its low bits on
+        "words"  int32 [N, ceil(K * bits / 32)]: a word holds consecutive k, the first in its low bits
+        "bytes"  int8 or, where `float8`, float8 e4m3 [N, K]
+
+    Codes in words are 2 ** (bits - 1) more than the integers that they stand for, and so are zero points. `group`
+    elements of a row share a scale, and so do `tall` rows. Of "gptq" and "awq", scales are [groups, N] and zero points
+    int32 [groups, N * bits / 32]; of the others scales are [ceil(N / tall), groups] or one number, and zero points
+    int32 [ceil(N * bits / 32), groups] or int8 [N, groups]. `groups` int32 or int64 [K] is the group of each k where
+    those are not K / group runs of equal length. `one_less`: words of zero points were stored less one for each of them
+    (GPTQ's first format). `centred`: its maker promises zero points of 2 ** (bits - 1) alone.
+    """
+
+    layout: Literal["gptq", "awq", "words", "bytes"]
+    bits: int
+    group: int
+    scales: TensorRef
+    zeros: TensorRef | None = None
+    groups: TensorRef | None = None
+    tall: int = 1
+    float8: bool = False
+    one_less: bool = False
+    centred: bool = False
+
+    @property
+    def parts(self) -> tuple[TensorRef, ...]:
+        """The tensors beside the codes."""
+        return tuple(part for part in (self.scales, self.zeros, self.groups) if part is not None)
+
+
+@dataclass(frozen=True)
 class TensorRef:
     """A weight that has not been read: where its bytes lie, and what they mean.
 
-    `encoding` is the safetensors dtype ("F32", "F16", "BF16", ...) or the ggml type ("Q4_1", "Q6_K", ...).
+    `encoding` is the safetensors dtype ("F32", "F16", "BF16", ...) or the ggml type ("Q4_1", "Q6_K", ...); of a matrix
+    that comes quantised, which `packing` describes, it says what a plan must know of it (checkpoint/packed.py).
     `shape` is the logical shape, row-major, outermost first. `transform` is applied to rows after decoding.
     """
 
@@ -97,11 +135,17 @@ class TensorRef:
     encoding: str
     shape: tuple[int, ...]
     transform: RopeUnpermute | None = None
+    packing: Packing | None = None
 
     @property
     def elements(self) -> int:
         """Number of elements."""
         return int(np.prod(self.shape, dtype=np.int64)) if self.shape else 1
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the checkpoint, scales and the like included."""
+        return self.nbytes + sum(part.nbytes for part in (self.packing.parts if self.packing else ()))
 
 
 @dataclass(frozen=True)
@@ -465,6 +509,8 @@ class Traits:
     """What its 4-bit blocks may have beside a scale, the one to prefer first."""
     int8_blocks: bool = False
     """Its runtime multiplies by 8-bit integers with a scale per block, too."""
+    least_block: int = 16
+    """The least 4-bit integers that may share a scale."""
     splits: bool = False
     """Where a decoder's weights are more than `limits.max_file_bytes`, it writes several files."""
     widens: int = 0

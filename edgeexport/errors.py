@@ -515,6 +515,54 @@ def gguf_tokenizer(path: Path, problem: str) -> CheckpointError:
     )
 
 
+def unknown_quantisation(path: Path, method: str, known: Iterable[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "unknown-quantisation",
+            f"the checkpoint comes quantised by {method}, which cannot be read",
+            path,
+            f"what can be read: {', '.join(known)}",
+            "use the original checkpoint in bf16, or one that comes quantised by one of these",
+        )
+    )
+
+
+def quantisation_option(path: Path, method: str, option: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "quantisation-option",
+            f"the checkpoint comes quantised by {method} with {option}, which cannot be read",
+            path,
+            why,
+            "use the original checkpoint in bf16, or one that comes quantised in another way",
+        )
+    )
+
+
+def bad_quantised_weight(path: Path, tensor: str, problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "bad-quantised-weight",
+            f"the parts of {tensor} do not fit together",
+            path,
+            problem,
+            "download the checkpoint again, all files of one revision; if that does not help, its maker's tool is at "
+            "fault: use the original in bf16",
+        )
+    )
+
+
+def quantised_anew(path: Path, count: int, total: int, why: str, fix: str) -> Finding:
+    return Finding(
+        "warning",
+        "quantised-anew",
+        f"{count} of {total} matrices that come quantised are read as floats and rounded a second time",
+        str(path),
+        why,
+        fix,
+    )
+
+
 def missing_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(
         _error(

@@ -61,13 +61,13 @@ def unpack_int8(packed: UInt8) -> Int8:
 
 def round_offsets(offsets: Float32) -> tuple[Int8, npt.NDArray[np.float16]]:
     """Float32 offsets [R, blocks] as int8 of the same shape and one float16 scale for each row [R]: the row's largest
-    magnitude / 127. Raises ValueError for what is not finite, and where a scale does not fit float16."""
+    magnitude / 127, and above zero, since LiteRT refuses another, in a row of zeros, too. Raises ValueError for what is
+    not finite, and where a scale does not fit float16."""
     peaks = np.abs(offsets).max(axis=1, initial=0.0)
     if not peaks.max(initial=0.0) <= 127 * 65504.0:
         raise ValueError("offsets beyond float16")
-    scales = (peaks / np.float32(127)).astype(np.float16)
-    wide = scales.astype(np.float32)[:, None]
-    units = np.divide(offsets, wide, out=np.zeros_like(offsets, np.float32), where=wide != 0)
+    scales = np.maximum((peaks / np.float32(127)).astype(np.float16), np.float16(2**-24))
+    units = offsets / scales.astype(np.float32)[:, None]
     return np.clip(np.rint(units), -127, 127).astype(np.int8), scales
 
 

@@ -98,7 +98,7 @@ def build(
         checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration, limits, choice
     )  # fmt: skip
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
-    remarks = step.read_tokenizer(job)
+    remarks = step.read_tokenizer(job) + step.rounded_anew(plan)
     step.announce(console, plan, destination)
 
     def done(job: Job) -> BuildResult | None:

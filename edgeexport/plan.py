@@ -134,12 +134,14 @@ def plan(model: str, target: str, asked: Asked | str | None = None, context: int
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
     devices = device_table(aim, sizes)
     findings = [finding for error in problems.errors for finding in error.findings]
+    findings += schemes.findings(opened.tensors, quantised, traits)
     findings += _fit_warning(aim, devices, sizes)
     return {
         "model": _model(opened, shapes),
         "target": {"name": aim.name, "title": aim.title, "backend": aim.backend, "artifact": aim.artifact},
         "scheme": quantised.scheme,
         "budget": asdict(limits),
+        "carried": carried_over(quantised, shapes),
         "context": slots,
         "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
@@ -170,6 +172,18 @@ def within(
     more = min(limits.size, most) - sizes["artifact"]
     grown = ("artifact", "weights_read_per_token", "device_memory")
     return {name: size + more if name in grown else size for name, size in sizes.items()}
+
+
+def carried_over(quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """How many of the matrices keep the checkpoint's own integers, and how many bits each of their weights takes with
+    scales and the like; None where there are none."""
+    size = sum(quantised.formats[name].nbytes(shapes[name]) for name in quantised.carried)
+    weights = sum(_elements(shapes[name]) for name in quantised.carried)
+    return {
+        "matrices": len(quantised.carried),
+        "of": sum(len(shapes[name]) == 2 for name in quantised.formats),
+        "bits_per_weight": round(8 * size / weights, 3) if weights else None,
+    }
 
 
 def context_for(asked: int | None, target: Target, geometry: Geometry) -> int:
@@ -307,7 +321,7 @@ def _model(checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]]) -> dic
         "format": checkpoint.format,
         "model_type": checkpoint.model_type,
         "parameters": sum(_elements(shape) for shape in shapes.values()),
-        "bytes": sum(ref.nbytes for ref in checkpoint.tensors.values()),
+        "bytes": sum(ref.stored_bytes for ref in checkpoint.tensors.values()),
     }
 
 

@@ -73,6 +73,11 @@ def read_tokenizer(job: Job) -> list[Finding]:
     return remarks + job.text_tables[1]
 
 
+def rounded_anew(plan: Mapping[str, Any]) -> list[Finding]:
+    """The plan's warnings that codes of the checkpoint are not kept."""
+    return [Finding(**finding) for finding in plan["findings"] if finding["code"] == "quantised-anew"]
+
+
 def announce(console: Console, plan: Mapping[str, Any], destination: Path) -> None:
     """The resolved plan, before any work."""
     model, cost = plan["model"], plan["build"]

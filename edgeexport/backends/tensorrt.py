@@ -70,6 +70,7 @@ TRAITS = Traits(
     schemes=("fp8",),
     positive_scales=True,
     shifts=("int8",),
+    least_block=32,
     widens=1 << 62,
     compiler=2.5,  # 2.2: see docs/tensorrt.md
 )

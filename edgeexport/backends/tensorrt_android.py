@@ -50,7 +50,7 @@ class Options:
 
 
 OPTIONS = Options
-TRAITS = Traits(positive_scales=True, shifts=("int8",), compiler=tensorrt.TRAITS.compiler)
+TRAITS = Traits(positive_scales=True, shifts=("int8",), least_block=32, compiler=tensorrt.TRAITS.compiler)
 
 
 def versions() -> dict[str, str]:

@@ -172,4 +172,6 @@ def write_package(
     return path
 
 
-TRAITS = Traits(schemes=("fp8",), positive_scales=True, shifts=("int8",), widens=1 << 62, package=write_package)
+TRAITS = Traits(
+    schemes=("fp8",), positive_scales=True, shifts=("int8",), least_block=32, widens=1 << 62, package=write_package
+)

@@ -59,11 +59,17 @@ def header_digest(
 ) -> str:
     """SHA-256 over configuration and tensor index, as hex. Files count by their position, not their path."""
     number = {path: index for index, path in enumerate(files)}
-    index = [
-        [name, number[ref.file], ref.offset, ref.nbytes, ref.encoding, ref.shape, repr(ref.transform)]
-        for name, ref in sorted(tensors.items())
-    ]
-    return _sha256_of([config, generation, index])
+    return _sha256_of([config, generation, [_row(name, ref, number) for name, ref in sorted(tensors.items())]])
+
+
+def _row(name: str, ref: TensorRef, number: Mapping[Path, int]) -> list[Any]:
+    """One tensor of the index, of a matrix that comes quantised with its parts."""
+    row = [name, number[ref.file], ref.offset, ref.nbytes, ref.encoding, ref.shape, repr(ref.transform)]
+    if ref.packing is None:
+        return row
+    how = ref.packing
+    settings = [how.layout, how.bits, how.group, how.tall, how.float8, how.one_less, how.centred, how.zeros is not None]
+    return [*row, settings, [_row(part.name, part, number) for part in how.parts]]
 
 
 def file_sha256(path: Path, progress: Progress = no_progress) -> str:

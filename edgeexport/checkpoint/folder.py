@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeexport import errors
-from edgeexport.checkpoint import safetensors
+from edgeexport.checkpoint import quantised, safetensors
 from edgeexport.checkpoint.digest import header_digest
 from edgeexport.checkpoint.files import CONFIG_LIMIT, TOKENIZER_LIMIT, find, parse_object, read_object, read_small
 from edgeexport.core import Checkpoint
@@ -26,14 +26,17 @@ def open_folder(folder: Path, name: str) -> Checkpoint:
     """The checkpoint in a folder; only config.json, generation_config.json and the weights' headers are read.
 
     Raises `missing-config`, `bad-json`, `file-too-large`, `missing-model-type`, `remote-code`, `path-escapes`, and what
-    `safetensors.read_folder` raises.
+    `safetensors.read_folder` and `quantised.logical` raise. Of a checkpoint that comes quantised the tensors are its
+    logical matrices, and `quantization_config` is not in the configuration any more.
     """
     config = _read_config(folder)
     generation_path = find(folder, "generation_config.json")
     generation = read_object(generation_path, CONFIG_LIMIT) if generation_path is not None else {}
     processor_path = find(folder, "preprocessor_config.json") or find(folder, "processor_config.json")
     processor = read_object(processor_path, CONFIG_LIMIT) if processor_path is not None else {}
-    tensors, files = safetensors.read_folder(folder)
+    stored, files = safetensors.read_folder(folder)
+    tensors = quantised.logical(stored, quantised.settings_of(config), folder / "config.json")
+    config = quantised.without_settings(config)
     return Checkpoint(
         path=folder,
         name=name,

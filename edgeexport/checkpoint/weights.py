@@ -13,6 +13,7 @@ import numpy as np
 
 from edgeexport import errors
 from edgeexport.checkpoint.files import open_regular
+from edgeexport.checkpoint.packed import Packed, float_rows, read_groups, read_packed
 from edgeexport.core import Array, TensorRef
 
 PLAIN = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
@@ -61,7 +62,8 @@ class WeightReader:
         """Rows `start` to `stop` (exclusive) along the first axis: float32 [stop - start, *shape[1:]].
 
         A row of a one-dimensional tensor is an element; a tensor of no dimension has one row.
-        Raises `unsupported-encoding` for integers, float8 and unknown encodings.
+        Raises `unsupported-encoding` for integers, float8 and unknown encodings, but for matrices that come quantised;
+        for those `bad-quantised-weight`.
         """
         _check_range(ref, start, stop)
         out = np.empty((stop - start, *ref.shape[1:]), np.float32)
@@ -73,6 +75,9 @@ class WeightReader:
         _check_range(ref, start, stop)
         if out.dtype != np.float32 or not out.flags.c_contiguous or out.shape != (stop - start, *ref.shape[1:]):
             raise ValueError(f"out is {out.dtype} {out.shape}, not contiguous float32 {(stop - start, *ref.shape[1:])}")
+        if ref.packing is not None:
+            float_rows(self._read_bytes, ref, start, stop, out)
+            return
         decode = self._decode_plain if ref.encoding in PLAIN else self._decode_blocks
         _in_checkpoint_order(ref, start, stop, out, decode)
 
@@ -94,6 +99,22 @@ class WeightReader:
         out = np.empty((stop - start, _row_elements(ref) // block * block_bytes), np.uint8)
         _in_checkpoint_order(ref, start, stop, out, self._fetch)
         return out
+
+    def packed(self, ref: TensorRef, start: int, stop: int) -> Packed:
+        """The same rows of a matrix that comes quantised, as stored. Raises `bad-quantised-weight`."""
+        _check_range(ref, start, stop)
+        return read_packed(self._read_bytes, ref, start, stop)
+
+    def groups(self, ref: TensorRef, count: int, name: str) -> Array:
+        """The group numbers of the matrix `name`, which has `count` groups: int64 [K]. Raises
+        `bad-quantised-weight`."""
+        return read_groups(self._read_bytes, ref, count, name)
+
+    def sizes(self, ref: TensorRef) -> Array:
+        """A small tensor of int32 or int64, whole."""
+        held = np.empty(ref.shape, {"I32": np.int32, "I64": np.int64}[ref.encoding])
+        self._read_bytes(ref, 0, held)
+        return held
 
     def _descriptor(self, path: Path) -> int:
         with self._lock:

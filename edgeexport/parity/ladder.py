@@ -169,10 +169,18 @@ def _weights(evidence: Evidence, state: Climb) -> None:
             metrics = {"min_snr_db": snr, "added_zeros": max(share for _, share, *_ in found), "tensors": len(found)}
             note = f"failing: {', '.join(bad[:3])}" if bad else f"least at {worst_name}"
             state.results.append(_row(component, "L3", f"{group} {fmt_name}", metrics, gate, not bad, note))
-    left = sorted(subject.tensors.keys() - used - subject.unused)
-    metrics = {"used": len(used), "left_over": len(left), "not_read": len(subject.unused)}
+    spare = subject.tensors.keys() - used - subject.unused
+    left = sorted(name for name in spare if not _adds_nothing(subject, name))
+    metrics = {"used": len(used), "left_over": len(left), "not_read": len(subject.unused) + len(spare) - len(left)}
     note = f"no part of the model reads {', '.join(left[:3])}" if left else "every tensor of the checkpoint is used"
     state.results.append(_row("model", "L3", "coverage", metrics, {"left_over": 0}, not left, note))
+
+
+def _adds_nothing(subject: Subject, name: str) -> bool:
+    """Whether a tensor that no part of the model reads is a bias of zeros, as some tools (AutoGPTQ) give every matrix
+    that they quantise."""
+    shape = subject.tensors[name].shape
+    return name.endswith(".bias") and len(shape) == 1 and not subject.checkpoint_rows(name, 0, shape[0]).any()
 
 
 def _lowering(evidence: Evidence, state: Climb) -> None:
@@ -275,7 +283,7 @@ def _answers(
         return [answer.logits for answer in reference.answers(examples, firsts)]
 
     mine = [each.example.tokens[len(prompt.tokens) :] for each, prompt in zip(answered, prompts.values(), strict=True)]
-    size = sum(ref.nbytes for ref in subject.tensors.values())
+    size = sum(ref.stored_bytes for ref in subject.tensors.values())
     passes = answers.PASSES_OF_LARGE if size > answers.LARGE_BYTES else answers.PASSES
     compared = answers.compare(
         list(prompts), list(prompts.values()), mine, logits, judge, subject.stop_ids, tie, passes

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from edgeexport import errors
+from edgeexport.checkpoint.packed import held_in
 from edgeexport.core import PALETTE, Format, QuantPlan, TensorClass, Traits
+from edgeexport.quant import prequantised
 from edgeexport.quant.budget import FILE, Chosen, candidates
 from edgeexport.quant.repack import ENCODINGS
 from edgeexport.quant.schemes import BLOCKS, FORMATS, FP16, INT8_CHANNEL, SCHEMES, SUFFIXES, Scheme, find
@@ -64,7 +66,7 @@ def plan(
             continue
         wanted = preset.value if preset.value is not None and kind == "linear" and is_value(name) else None
         formats[name] = fmt = _format_of(wanted or preset.formats[kind], kind, shape)
-        own = _own_lattice(preset, kind, encoding, traits)
+        own = _own_lattice(preset, kind, encoding, traits, shape)
         if own is not None:
             carried.add(name)
             formats[name] = own
@@ -97,7 +99,7 @@ def options(
         if real.integer:
             found[real.name, False] = real
     for scheme in ("int4-b32", "int8"):
-        own = _own_lattice(SCHEMES[scheme], kind, encoding, traits)
+        own = _own_lattice(SCHEMES[scheme], kind, encoding, traits, shape)
         if own is not None:
             found[own.name, True] = own
     return {key: replace(fmt, positive=traits.positive_scales) for key, fmt in found.items()}
@@ -116,11 +118,16 @@ def _given(name: str, wanted: Chosen, known: Mapping[tuple[str, bool], Format]) 
     return fmt
 
 
-def _own_lattice(preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits) -> Format | None:
+def _own_lattice(
+    preset: Scheme, kind: TensorClass, encoding: str | None, traits: Traits, shape: tuple[int, ...]
+) -> Format | None:
     """The format that carries a multiplication's integers over from this encoding; None where there is none, or where
     the scheme asks for fewer bits than they have or for other blocks."""
-    held = ENCODINGS.get(encoding or "")
     asked = preset.linear
+    packed = held_in(encoding or "")
+    if packed is not None:
+        return prequantised.own_format(packed, preset.formats[kind], kind, shape, traits)
+    held = ENCODINGS.get(encoding or "")
     if held is None or kind != "linear" or not asked.integer or asked.palette or asked.float8:
         return None
     if held.bits == 8:

@@ -8,7 +8,7 @@ from typing import Any
 
 from edgeexport.checkpoint.weights import WeightReader
 from edgeexport.core import PALETTE, Array, Codes, QuantPlan, TensorRef
-from edgeexport.quant import repack
+from edgeexport.quant import prequantised, repack
 from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import Scratch, cast_rows, dequantize_codes, encode_rows
@@ -57,6 +57,8 @@ class PlannedWeights:
         """Rows of an integer format, those of a convolution [rows, elements of one]: the checkpoint's own integers
         where the plan carries them, those of `codes` where it has the weight, else rounded. Raises as `float_rows`."""
         ref, fmt = self._weights[name], self._plan.formats[name]
+        if name in self._plan.carried and ref.packing is not None:
+            return prequantised.carried_rows(self._reader, ref, fmt, start, stop)
         if name in self._plan.carried:
             return repack.carried_rows(self._reader, ref, fmt, start, stop)
         if self._codes is not None and name in self._codes:

@@ -51,6 +51,29 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "path": Path("models/tiny.gguf"),
         "problem": "tokenizer.ggml.model is 't5'; only 'gpt2' (byte-level BPE) is supported",
     },
+    "unknown_quantisation": {
+        "path": Path("models/tiny/config.json"),
+        "method": "bitsandbytes",
+        "known": ["awq", "compressed-tensors", "fp8", "gptq"],
+    },
+    "quantisation_option": {
+        "path": Path("models/tiny/config.json"),
+        "method": "gptq",
+        "option": "bits 3",
+        "why": "4 and 8 bits can be",
+    },
+    "bad_quantised_weight": {
+        "path": Path("models/tiny/model.safetensors"),
+        "tensor": "model.layers.0.mlp.up_proj.weight",
+        "problem": "scales is F16 [3, 64]; F16, BF16 or F32 [4, 64] is needed",
+    },
+    "quantised_anew": {
+        "path": Path("models/tiny"),
+        "count": 63,
+        "total": 210,
+        "why": "their groups are not runs of columns (act-order), and no runtime's blocks are anything else",
+        "fix": "use a checkpoint that was quantised without act-order (desc_act false)",
+    },
     "missing_tokenizer": {"folder": Path("models/tiny")},
     "weights_truncated": {
         "path": Path("models/tiny/model.safetensors"),
