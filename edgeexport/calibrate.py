@@ -8,7 +8,6 @@ are those of the original model, not of its quantised beginning, so that layers 
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -76,27 +75,13 @@ def run(
     folder: Path,
     progress: Progress,
 ) -> CodeStore:
-    """Codes of the task's weights in `folder`, which may hold what a killed run left there and is `owned`. `calls` are
-    the decoder's, each a sequence of its own from position 0; `rows` give the checkpoint's weights by the graph's
-    names.
+    """Codes of the task's weights in `folder`, which may hold what a killed run left there and is nobody else's
+    (`Cache.workplace`). `calls` are the decoder's, each a sequence of its own from position 0; `rows` give the
+    checkpoint's weights by the graph's names.
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
     return _Run(task, calls, rows, folder, progress).run()
-
-
-@contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Nobody else calibrates in this folder meanwhile; one who wants to waits. Raises: UsageError
-    `output-not-writable`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = folder.with_name(f"{folder.name}.lock").open("w")
-    except OSError as problem:
-        raise errors.output_not_writable(folder, str(problem)) from problem
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class _Run:

@@ -4,7 +4,6 @@ what they are fed. Between the canonical graph and the compiler; cached, narrate
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -91,15 +90,14 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
     named = key("sensitivity", model.digest, job.weights_digest, takes, texts.digest, tool_versions(), code_digest())
 
     def fill(folder: Path) -> None:
-        work = cache.workplace("sensitivity", named)
-        with calibration.owned(work), console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
+        with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
             rows = calibration.rows_of(model, reader.rows)
             calls = short_calls(replace(job, calibration=texts), parts, reader, len(sensitivity.units(task)))
             found = sensitivity.measure(task, calls, rows, work, progress)
             (folder / "units.json").write_bytes(msgspec.json.encode(found))
-            shutil.rmtree(work, ignore_errors=True)
 
-    with console.step(f"Measuring what each matrix of {job.checkpoint.name} loses"):
+    title = f"Measuring what each matrix of {job.checkpoint.name} loses"
+    with console.step(title), cache.workplace("sensitivity", named) as work:
         folder, _ = cache.folder("sensitivity", named, fill)
     units = msgspec.json.decode((folder / "units.json").read_bytes(), type=list[budget.Unit])
     elsewhere = [part for part in parts if part.name != DECODER]
@@ -156,14 +154,13 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
         return calibration.rows_of(model, reader.rows)
 
     def fill(folder: Path) -> None:
-        work = cache.workplace("calibrate", named)
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
-        with calibration.owned(work), console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
+        with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
             calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
             calibration.run(task, calls, rows(model), work, progress).move(folder)
-            shutil.rmtree(work, ignore_errors=True)
 
-    with console.step(f"Calibrating {job.checkpoint.name} by {method}"):
+    # two builds of one model calibrate it once: the second waits, and finds the codes filed
+    with console.step(f"Calibrating {job.checkpoint.name} by {method}"), cache.workplace("calibrate", named) as work:
         folder, _ = cache.folder("codes", named, fill)
     store = CodeStore(folder, load_index(folder))
     return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]

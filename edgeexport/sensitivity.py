@@ -78,7 +78,7 @@ def measure(
     task: Task, calls: Sequence[Mapping[str, Array]], rows: Rows, folder: Path, progress: Progress
 ) -> list[Unit]:
     """Each unit's options. `calls` are the decoder's, each a sequence of its own from position 0; `folder` may hold
-    what a killed run left there and is owned (`calibrate.owned`).
+    what a killed run left there and is nobody else's (`Cache.workplace`).
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """

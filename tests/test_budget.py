@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from edgeexport import build, calibrate, errors, families, open_bundle, pipeline, sensitivity
 from edgeexport import plan as plans
+from edgeexport.bundle.cache import owned
 from edgeexport.canonical.dialect import classes
 from edgeexport.canonical.trace import trace
 from edgeexport.checkpoint import WeightReader, open_checkpoint
@@ -146,7 +147,7 @@ def measured(model: CanonicalModel, folder: Path, kill_after: int = -1) -> list[
             raise KeyboardInterrupt
 
     task = task_of(model)
-    with WeightReader() as reader, calibrate.owned(folder):
+    with WeightReader() as reader, owned(folder):
         return sensitivity.measure(task, calls(), calibrate.rows_of(model, reader.rows), folder, progress)
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from factories import with_tokenizer
 from graphs import write_checkpoint
 
 from edgeexport import build, calibrate, errors, families, open_bundle, quant
+from edgeexport.bundle.cache import KEPT_SECONDS, Cache, owned
 from edgeexport.canonical.dialect import linears
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.core import Array, CanonicalModel, QuantPlan, Traits
@@ -65,7 +69,7 @@ def run(model: CanonicalModel, plan: QuantPlan, method: Method, folder: Path, ki
             raise Killed
 
     task = calibrate.Task(model, plan, method, calibrate.wanted(model, plan))
-    with WeightReader() as reader, calibrate.owned(folder):
+    with WeightReader() as reader, owned(folder):
         return calibrate.run(task, calls(), calibrate.rows_of(model, reader.rows), folder, progress)
 
 
@@ -213,3 +217,40 @@ def test_a_bundle_is_compared_along_a_text(checkpoint: Path, built: dict[str, Bu
     text.write_text("x")
     with pytest.raises(errors.UsageError, match="text-unreadable"):
         parity_text(built["none"].bundle, str(checkpoint), text)
+
+
+def test_two_that_want_the_same_work_do_it_once(tmp_path: Path) -> None:
+    """Many threads, each with a lock of its own file descriptor: as processes, as far as flock goes."""
+    cache, made, at_once = Cache(tmp_path), [], []
+
+    def build(number: int) -> Path:
+        def fill(folder: Path) -> None:
+            at_once.append(number)
+            assert len(at_once) == 1, "two work at the same place"
+            (folder / "codes").write_text("done")
+            made.append(number)
+            at_once.clear()
+
+        with cache.workplace("calibrate", "k") as work:
+            assert work.is_dir()
+            return cache.folder("codes", "k", fill)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        found = set(pool.map(build, range(24)))
+    assert len(made) == 1
+    assert [(path / "codes").read_text() for path in found] == ["done"]
+    assert list((tmp_path / "unfinished" / "calibrate").iterdir()) == []
+
+
+def test_unfinished_work_is_kept_for_the_next_build_and_not_for_ever(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    with pytest.raises(Killed), cache.workplace("calibrate", "k") as work:
+        (work / "layer.npz").write_text("half")
+        raise Killed
+    cache.prune()
+    assert (work / "layer.npz").read_text() == "half"
+    old = time.time() - KEPT_SECONDS - 60
+    for path in (work / "layer.npz", work):
+        os.utime(path, (old, old))
+    cache.prune()
+    assert not work.exists()

@@ -5,11 +5,14 @@ An entry is a folder named by the hash of everything that shaped it. It appears 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from edgeexport import errors
@@ -19,6 +22,8 @@ from edgeexport.paths import cache_dir
 LIMIT_BYTES = 40 << 30
 """Beyond this, the entries used longest ago are removed."""
 DIGESTS = "digests.json"
+KEPT_SECONDS = 7 * 24 * 3600
+"""After which unfinished work that nobody has gone on with is removed."""
 
 
 def key(*parts: object) -> str:
@@ -31,6 +36,7 @@ class Cache:
 
     def __init__(self, root: Path | None = None) -> None:
         self._root = (root or cache_dir()) / "steps"
+        self._unfinished = self._root.with_name("unfinished")
 
     def folder(self, step: str, key: str, fill: Callable[[Path], None], *, force: bool = False) -> tuple[Path, bool]:
         """The entry's folder, and whether it was there already; else `fill` writes it.
@@ -65,12 +71,18 @@ class Cache:
             shutil.rmtree(partial, ignore_errors=True)
         return place, False
 
-    def workplace(self, step: str, key: str) -> Path:
-        """A folder for work that goes on where a killed build left it; whoever finishes it takes the files away."""
-        return self._root.parent / "unfinished" / step / key
+    @contextmanager
+    def workplace(self, step: str, key: str) -> Iterator[Path]:
+        """A folder for work that goes on where a killed build left it, removed once it is done. Nobody else works there
+        meanwhile; one who wants to waits. Raises: UsageError `output-not-writable`."""
+        folder = self._unfinished / step / key
+        with owned(folder):
+            yield folder
+            shutil.rmtree(folder, ignore_errors=True)
 
     def prune(self, limit: int = LIMIT_BYTES) -> None:
-        """Remove the entries used longest ago until the rest is within `limit` bytes."""
+        """Remove the entries used longest ago until the rest is within `limit` bytes, and unfinished work that nobody
+        has gone on with for long."""
         entries = [path for step in self._root.glob("*") for path in step.iterdir() if not path.name.startswith(".")]
         entries.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         total = 0
@@ -78,6 +90,10 @@ class Cache:
             total += sum(path.stat().st_size for path in _files(entry))
             if total > limit:
                 shutil.rmtree(entry, ignore_errors=True)
+        for folder in self._unfinished.glob("*/*"):
+            with suppress(OSError):  # another build removes it, too
+                if folder.is_dir() and time.time() - _changed(folder) > KEPT_SECONDS:
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _intact(self, place: Path) -> bool:
         try:
@@ -92,6 +108,41 @@ class Cache:
             pid = path.name.rpartition(".")[2]
             if pid.isdigit() and not Path(f"/proc/{pid}").exists():
                 shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """The folder, made where it is missing, is nobody else's meanwhile; one who wants it waits. Raises: UsageError
+    `output-not-writable`."""
+    path = folder.with_name(f"{folder.name}.lock")
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = path.open("w")
+        except OSError as problem:
+            raise errors.output_not_writable(folder, str(problem)) from problem
+        with lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if _inode(path) != os.fstat(lock.fileno()).st_ino:
+                continue  # whoever had it has removed it: a third one may hold a new one
+            folder.mkdir(parents=True, exist_ok=True)  # so may the folder be gone, its work done
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def _inode(path: Path) -> int:
+    try:
+        return path.stat().st_ino
+    except FileNotFoundError:
+        return -1
+
+
+def _changed(folder: Path) -> float:
+    """When something in a folder changed last."""
+    return max(path.stat().st_mtime for path in (folder, *folder.rglob("*")))
 
 
 def _files(entry: Path) -> list[Path]:
