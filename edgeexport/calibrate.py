@@ -23,7 +23,7 @@ from edgeexport.borders import Borders
 from edgeexport.canonical.dialect import linears
 from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, QuantPlan, TensorRef
 from edgeexport.quant import codes, search
-from edgeexport.quant.calibration import Method
+from edgeexport.quant.calibration import GROUP, Method
 from edgeexport.quant.codes import CodeStore, Entry
 
 if TYPE_CHECKING:
@@ -31,10 +31,6 @@ if TYPE_CHECKING:
 
     from edgeexport.canonical.streaming import Rows, StreamedGraph, Values
     from edgeexport.quant.gptq import Factor
-
-GROUP = 2048
-"""Tokens that go through a layer together: what their activations take bounds the memory, and each group reads the
-layer's weights once."""
 
 ROWS = 1 << 22
 """Elements of a weight that a thread works on at once."""

@@ -103,6 +103,7 @@ def _show_plan(console: Console, plan: Mapping[str, Any]) -> None:
             "build memory": f"about {format_bytes(cost['memory'])}, {format_bytes(cost['memory_with_ladder'])} with "
             f"the whole ladder ({cost['memory_formula']})",
             "build time": f"about {format_seconds(cost['seconds'])} ({cost['seconds_formula']})",
+            "calibration": _calibration(plan["calibration"]),
         }
     )
     rows = [
@@ -130,6 +131,16 @@ def _carried(carried: Mapping[str, Any]) -> dict[str, str]:
         return {}
     bits = f"{carried['bits_per_weight']:.2f} bits a weight"
     return {"carried over": f"{carried['matrices']} of {carried['of']} matrices, {bits}"}
+
+
+def _calibration(cost: Mapping[str, Any]) -> str:
+    if cost["default"] is None:
+        return "none is needed"
+    ways = [
+        f"{method} about {format_seconds(cost[method]['seconds'])} and {format_bytes(cost[method]['memory'])}"
+        for method in ("search", "gptq")
+    ]
+    return f"{'; '.join(ways)}; {cost['default']} by default ({cost['formula']})"
 
 
 def _rate(value: float | None) -> str:

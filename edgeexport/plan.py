@@ -11,7 +11,9 @@ from edgeexport import errors
 from edgeexport.core import BITS, Checkpoint, Finding, Geometry, QuantPlan, Target, Traits
 from edgeexport.errors import EdgeExportError
 from edgeexport.quant.budget import Budget, Choice, read
+from edgeexport.quant.calibration import GROUP, TOKENS, default_method
 from edgeexport.quant.schemes import AUTO
+from edgeexport.quant.search import takes
 
 T = TypeVar("T")
 PLAIN = Traits()
@@ -28,6 +30,17 @@ IMPORT_SECONDS = 8.0
 """Loading those packages (5 s) and tracing one layer of each kind (3 s), on 2 cores of the same machine."""
 WEIGHTS_PER_SECOND = 200e6
 """Weights hashed, read, quantised and written in a second on 2 cores: 1.1B parameters took 5.4 s beyond the above."""
+PRODUCTS_PER_SECOND = 100e9
+SEARCHED_PER_SECOND = 8e6
+FACTORED_PER_SECOND = 50e9
+CHOSEN_PER_SECOND = 80e9
+"""Of a calibration, on one core: operations of the pass through the model and of the products of its inputs; weights
+whose scales are searched; operations of the factorisation, and of GPTQ's columns. Measured at the widths of
+autoglm-phone-9b."""
+CALIBRATION_FORMULA = (
+    "8,192 tokens through each layer and the search of all scales; GPTQ: the products of each input's channels, their "
+    "factorisation and each column's errors; a layer in float32, its activations and, for GPTQ, the products"
+)
 GRAPH_SHARE = 0.01
 """Of an artifact, kept free of weights for its graph where its bytes are a budget: 0.2 to 0.8 % of SmolLM2-135M's."""
 RUNTIME_BYTES = 64 << 20
@@ -146,6 +159,7 @@ def plan(model: str, target: str, asked: Asked | str | None = None, context: int
         "components": [f"{part.name} {part.variant}".rstrip() for part in parts],
         "bytes": sizes,
         "build": build_cost(shapes, geometry, sizes, backends.load(aim.backend).TRAITS),
+        "calibration": calibration_cost(quantised, shapes, geometry),
         "devices": devices,
         "findings": [asdict(finding) for finding in findings],
         "exit_code": problems.errors[0].exit_code if problems.errors else 0,
@@ -265,6 +279,42 @@ def build_cost(
         "memory_formula": MEMORY_FORMULA,
         "seconds": round(IMPORT_SECONDS + weights / WEIGHTS_PER_SECOND, 1),
         "seconds_formula": TIME_FORMULA,
+    }
+
+
+def calibration_cost(quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]], geometry: Geometry) -> dict[str, Any]:
+    """What a calibration of the 4-bit weights is likely to take, by method: memory in bytes and seconds on two cores.
+    `default` is the method if nothing is said; None where no weight needs one."""
+    matrices = {name: shape for name, shape in shapes.items() if len(shape) == 2 and name in quantised.formats}
+    decoder = {name: shape for name, shape in matrices.items() if quantised.classes[name] == "linear"}
+    chosen = {
+        name: shape for name, shape in matrices.items()
+        if quantised.classes[name] in ("linear", "embedding", "lm_head") and takes(quantised.formats[name])
+        and name not in quantised.carried
+    }  # fmt: skip
+    if not chosen:
+        return {"default": None}
+    # q, k and v read the same values, gate and up do: one matrix of products for each
+    fed = [shape[1] for name, shape in chosen.items() if name.split(".")[-2] not in ("k_proj", "v_proj", "up_proj")]
+    weights = sum(map(_elements, chosen.values()))
+    forward = 2.0 * TOKENS * sum(map(_elements, decoder.values()))
+    products = 2.0 * TOKENS * sum(width * width for width in fed)
+    factors = 4 / 3 * sum(float(width) ** 3 for width in fed)
+    columns = 2.0 * sum(rows * float(width) ** 2 for rows, width in chosen.values())
+    searched = forward / PRODUCTS_PER_SECOND + weights / SEARCHED_PER_SECOND
+    exact = products / PRODUCTS_PER_SECOND + factors / FACTORED_PER_SECOND + columns / CHOSEN_PER_SECOND
+    layer, widest = 4 * sum(map(_elements, decoder.values())) // geometry.layers, max(fed)
+    held = 4 * sum(width * width for width in fed) // geometry.layers
+    seen = 4 * GROUP * 6 * widest
+    own = IMPORT_BYTES + STREAM_BYTES + layer + seen
+    return {
+        "default": default_method(sum(map(_elements, shapes.values()))),
+        "search": {"memory": own, "seconds": round(IMPORT_SECONDS + searched / 2, 1)},
+        "gptq": {
+            "memory": max(own + held, IMPORT_BYTES + STREAM_BYTES + held + 4 * widest * widest),
+            "seconds": round(IMPORT_SECONDS + (searched + exact) / 2, 1),
+        },
+        "formula": CALIBRATION_FORMULA,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from edgeexport import backends, errors, families, plan, targets
+from edgeexport import backends, errors, families, plan, quant, targets
 from edgeexport.backends.optable import OpTable
 from edgeexport.core import Geometry, Traits
 from edgeexport.errors import CheckpointError, UsageError
@@ -219,6 +219,23 @@ def test_build_cost_counts_layers_and_not_the_vocabulary() -> None:
         assert wide["memory_with_ladder"] - cost["memory"] == 2 * (1000 + 10) + held
     apart = plan.build_cost(shapes, geometry, {"artifact": 1000, "kv_cache": 10}, Traits(compiler=3.0))
     assert {apart[each] - cost["memory"] for each in ("memory", "memory_to_l3", "memory_with_ladder")} == {3000}
+
+
+def test_a_calibration_costs_what_its_method_does() -> None:
+    def cost(config: dict[str, Any], scheme: str, encoding: str = "BF16") -> dict[str, Any]:
+        shapes, geometry = shapes_of(config), families.find("llama").geometry(config)
+        encodings = dict.fromkeys(shapes, encoding)
+        traits = Traits(shifts=("int8",))
+        return plan.calibration_cost(quant.plan_from_names(shapes, scheme, False, traits, encodings), shapes, geometry)
+
+    large = cost(NINE_BILLION, "int4-b32")
+    assert large["default"] == "search"
+    assert large["search"]["seconds"] < 0.5 * large["gptq"]["seconds"]
+    assert large["search"]["memory"] < large["gptq"]["memory"]
+    assert cost(SMALL, "int4-b32")["default"] == "gptq"
+    assert cost(NINE_BILLION, "int4-b128")["gptq"] == large["gptq"], "blocks change no work"
+    assert cost(NINE_BILLION, "int8") == {"default": None}
+    assert cost(NINE_BILLION, "int4-b32", "Q4_1") == {"default": None}, "integers of the checkpoint need none"
 
 
 def test_headers_of_twenty_gigabytes_take_neither_torch_nor_memory(tmp_path: Path) -> None:

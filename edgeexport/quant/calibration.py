@@ -34,6 +34,10 @@ TOKENS = 8192
 LENGTH = 256
 """Tokens of one sequence at most."""
 
+GROUP = 2048
+"""Tokens that go through a layer together: what their activations take bounds the memory, and each group reads the
+layer's weights once."""
+
 LEAST = 16
 """Tokens that a sequence has at least, where the context has room for them."""
 
