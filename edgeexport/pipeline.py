@@ -100,7 +100,8 @@ def build(
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
         step.check(job, traced)
-        chosen = step.calibrate(job, traced, reader, cache, console)
+        smoothed = step.smooth(job, traced, reader, cache, console)
+        chosen = step.calibrate(job, smoothed, reader, cache, console)
         parts = step.compile(job, chosen, reader, cache, console)
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)

@@ -20,6 +20,8 @@ from edgeexport.bundle.writer import BundleWriter
 from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
+from edgeexport.quant.smoothing import FILE as SMOOTHING
+from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.session import preprocess
 from edgeexport.steps import DECODER, Built
 
@@ -88,6 +90,8 @@ def write_bundle(
             for name in artifact.files:
                 writer.add_file(name, folder / name)
             writer.add_bytes(f"{artifact.component}.weights.json", pretty(artifact.weights))
+            if part.smoothing:
+                writer.add_bytes(f"{artifact.component}.{SMOOTHING}", part.smoothing.to_json())
         for name, data in sorted(job.tokenizer_files.items()):
             writer.add_bytes(f"tokenizer/{name}", data)
         for path, data in sorted(job.text_tables[0].items()):
@@ -235,8 +239,14 @@ def artifacts_of_bundle(folder: Path, parts: Sequence[Built]) -> list[Built]:
         artifact = Artifact(part.name, component.backend, component.files, signatures, component.state, weights, {})
         how = bundle.manifest.calibration
         known = how.provenance if how is not None and part.name == DECODER else None
-        found.append(replace(part, folder=folder, artifact=artifact, known=known))
+        smoothing = _smoothing_of(folder / f"{part.name}.{SMOOTHING}")
+        found.append(replace(part, folder=folder, artifact=artifact, known=known, smoothing=smoothing))
     return found
+
+
+def _smoothing_of(file: Path) -> Smoothing:
+    """What a bundle's component moved into its weights; nothing where it has no such file."""
+    return Smoothing.from_json(file.read_bytes()) if file.exists() else NOTHING
 
 
 def stored_weights(bundle: Path, component: str = DECODER) -> dict[str, StoredWeight]:

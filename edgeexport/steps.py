@@ -36,6 +36,8 @@ from edgeexport.core import (
 from edgeexport.job import Job, code_digest, tool_versions
 from edgeexport.quant.calibration import METHODS, Calibration, default_method
 from edgeexport.quant.codes import CodeStore, load_index
+from edgeexport.quant.smoothing import FILE as SMOOTHING
+from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.quant.source import PlannedWeights, no_samples
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.runner import Call
@@ -112,6 +114,8 @@ class Built:
     plan: QuantPlan
     codes: CodeStore | None = None
     """Integers that calibration chose."""
+    smoothing: Smoothing = NOTHING
+    """Outliers of activations that were moved into weights."""
     folder: Path | None = None
     artifact: Artifact | None = None
     known: Provenance | None = None
@@ -204,6 +208,36 @@ def check(job: Job, parts: Sequence[Built]) -> None:
         raise errors.LoweringError(*refused)
 
 
+def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
+    """Move outliers of the decoder's activations into its weights, where the target's runtime rounds activations to
+    int8 with a scale per token and the job calibrates. A GPU's do not round them."""
+    from edgeexport import calibrate as calibration
+    from edgeexport import smooth as smoothing
+
+    method, decoder = job.calibration.method, next(part for part in parts if part.name == DECODER)
+    model = decoder.models[0]
+    rounds = backends.load(job.target.backend).TRAITS.token_scales and not job.target.options.get("gpu", False)
+    if method == "none" or not rounds or not smoothing.sites(model, decoder.plan):
+        return list(parts)
+    stored = {name: (fmt.name, name in decoder.plan.carried) for name, fmt in sorted(decoder.plan.formats.items())}
+    chosen = method, job.calibration.digest
+    named = key("smoothing", model.digest, job.weights_digest, stored, chosen, tool_versions(), code_digest())
+
+    def rows(model: CanonicalModel) -> Rows:
+        return calibration.rows_of(model, reader.rows)
+
+    def fill(folder: Path) -> None:
+        with console.progress(f"Smoothing {job.checkpoint.name}", unit="steps") as progress:
+            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
+            found = smoothing.run(model, decoder.plan, method, calls, rows(model), progress)
+        (folder / SMOOTHING).write_bytes(found.to_json())
+
+    with console.step(f"Smoothing {job.checkpoint.name}"):
+        folder, _ = cache.folder("smoothing", named, fill)
+    found = Smoothing.from_json((folder / SMOOTHING).read_bytes())
+    return [replace(part, smoothing=found) if part.name == DECODER else part for part in parts]
+
+
 def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
     """Choose the integers of the decoder's 4-bit weights by what they are fed, where the job asks for it."""
     from edgeexport import calibrate as calibration
@@ -215,7 +249,7 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     if method == "none" or not names:
         return list(parts)
     formats = {name: decoder.plan.formats[name] for name in sorted(names)}
-    chosen = method, job.calibration.digest, job.calibration.device
+    chosen = method, job.calibration.digest, job.calibration.device, decoder.smoothing.digest
     named = key("codes", model.digest, job.weights_digest, formats, chosen, tool_versions(), code_digest())
 
     def rows(model: CanonicalModel) -> Rows:
@@ -226,13 +260,19 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
         with calibration.owned(work), console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
             calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
-            calibration.run(task, calls, rows(model), work, progress).move(folder)
+            smoothed = _smoothed(rows(model), decoder.smoothing)
+            calibration.run(task, calls, smoothed, work, progress).move(folder)
             shutil.rmtree(work, ignore_errors=True)
 
     with console.step(f"Calibrating {job.checkpoint.name} by {method}"):
         folder, _ = cache.folder("codes", named, fill)
     store = CodeStore(folder, load_index(folder))
     return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]
+
+
+def _smoothed(rows: Rows, smoothing: Smoothing) -> Rows:
+    """Weights as they are stored but for their rounding: their activations are those that the artifact will have."""
+    return lambda name, start, stop: smoothing.smoothed(name, start, rows(name, start, stop))
 
 
 def calibration_calls(job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows]) -> list[Call]:
@@ -295,7 +335,9 @@ def compile(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
 
 def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console: Console) -> Built:
     def fill(folder: Path) -> None:
-        source = PlannedWeights(reader, part.models[0].weights, part.plan, _samples(job, part.name), part.codes)
+        source = PlannedWeights(
+            reader, part.models[0].weights, part.plan, _samples(job, part.name), part.codes, part.smoothing
+        )
         backend = backends.load(job.target.backend)
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
@@ -303,7 +345,8 @@ def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console
 
     with console.step(f"Compiling {part.name} for {job.target.name}"):
         chosen = part.codes.digest if part.codes is not None else ""
-        folder, _ = cache.folder("compile", key(job.compile_key, part.name, chosen), fill)
+        named = key(job.compile_key, part.name, chosen, part.smoothing.digest)
+        folder, _ = cache.folder("compile", named, fill)
     return replace(
         part, folder=folder, artifact=msgspec.json.decode((folder / "artifact.json").read_bytes(), type=Artifact)
     )
@@ -328,7 +371,7 @@ def climb(
     tensors = job.checkpoint.tensors
     runner = backends.load_runner(job.target.backend)
     places = {
-        ref.name: (*part.files, name) for part in parts for name, ref in part.models[0].weights.items()
+        ref.name: (*part.files, name, part.smoothing) for part in parts for name, ref in part.models[0].weights.items()
     }  # a tied tensor that two components store is the same in both
 
     def checkpoint_rows(name: str, start: int, stop: int) -> Array:
@@ -336,9 +379,10 @@ def climb(
 
     def stored_rows(name: str, start: int, stop: int) -> Array:
         shape = tensors[name].shape
-        folder, artifact, initializer = places[name]
+        folder, artifact, initializer, smoothing = places[name]
         rows = read_rows(folder, artifact.weights[initializer], start, stop)
-        return rows.reshape(-1, *shape[1:]) if len(shape) > 1 else rows.reshape(-1)
+        rows = rows.reshape(-1, *shape[1:]) if len(shape) > 1 else rows.reshape(-1)
+        return smoothing.restored(initializer, start, rows)
 
     @contextmanager
     def watch(title: str) -> Iterator[Progress]:

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"backends", "checkpoint", "families", "quant", "targets"},
     "samples": BASE | {"session"},
     "calibrate": BASE | {"canonical", "quant"},
+    "smooth": BASE | {"canonical", "quant"},
     "doctor": BASE | {"paths"},
     "bench": BASE | {"bundle", "session", "console", "units"},
 }
