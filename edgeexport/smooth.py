@@ -14,7 +14,7 @@ from edgeexport.canonical.dialect import Linear, linear, linears, stored
 from edgeexport.core import Array, CanonicalModel, Progress, QuantPlan
 from edgeexport.quant import search
 from edgeexport.quant.calibration import Method
-from edgeexport.quant.smoothing import CHOSEN, Fold, Seen, Smoothing, choose, readers_of
+from edgeexport.quant.smoothing import CHOSEN, Fold, Smoothing, choose, readers_of
 
 if TYPE_CHECKING:
     import onnx_ir as ir
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from edgeexport.canonical.streaming import Rows
 
 TOKENS = 2048
-"""Of the calibration's that are fed: a channel's largest magnitude is settled by then."""
+"""Of the calibration's that are fed."""
 KEPT = 512
 """Rows of what a multiplication is fed, and of each weight, that a choice is made by."""
 RUN = 32
@@ -109,12 +109,12 @@ def run(
     by_reader = {site.consumers[0]: site for site in found}
     graph = StreamedGraph(model, tapped=True, slots=max(sizes))
     values = graph.begin(fed)
-    gathered: dict[str, _Gathered] = {}
+    gathered: dict[str, list[Array]] = {}
     every = max(1, sum(map(_tokens_of, fed)) // KEPT)
 
     def tap(name: str, x: Array) -> None:
-        if name in by_reader:
-            gathered.setdefault(name, _Gathered(every)).add(x.reshape(-1, x.shape[-1]))
+        if name in by_reader:  # the first token of a text is one of its kind, and each text has it
+            gathered.setdefault(name, []).append(x.reshape(-1, x.shape[-1])[::every].copy())
 
     left = {
         name: CHOSEN for name, fmt in plan.formats.items() if method == "gptq" and search.takes(fmt)
@@ -123,7 +123,7 @@ def run(
     for done, stage in enumerate(model.stages[:-1]):  # the last reads one token alone, and a table that is looked up in
         graph.advance(stage, values, rows, tap)
         for name in list(gathered):
-            site, seen = by_reader[name], gathered.pop(name).seen()
+            site, seen = by_reader[name], np.concatenate(gathered.pop(name))
             some = {each: (_some(model, rows, each), model.weights[each].shape[0]) for each in site.consumers}
             exponents = choose(seen, readers_of(site.consumers, some, plan, left))
             if exponents is not None:
@@ -144,28 +144,3 @@ def _some(model: CanonicalModel, rows: Rows, name: str) -> Array:
         return rows(name, 0, count)
     starts = np.linspace(0, count - RUN, KEPT // RUN).astype(int)
     return np.concatenate([rows(name, int(start), int(start) + RUN) for start in starts])
-
-
-class _Gathered:
-    """What one multiplication is fed, as it comes: every `every`-th row is kept."""
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._peaks: Array | None = None
-        self._sum: Array | None = None
-        self._count = 0
-        self._kept: list[Array] = []
-
-    def add(self, x: Array) -> None:
-        """float32 [n, K]."""
-        peaks, total = np.abs(x).max(axis=0), np.square(x).sum(axis=0)
-        self._peaks = peaks if self._peaks is None else np.maximum(self._peaks, peaks)
-        self._sum = total if self._sum is None else self._sum + total
-        self._kept.append(x[-self._count % self._every :: self._every].copy())
-        self._count += len(x)
-
-    def seen(self) -> Seen:
-        """All of it."""
-        assert self._peaks is not None and self._sum is not None, "something was fed"
-        strength = (self._sum / self._count).astype(np.float32)
-        return Seen(self._peaks, strength, np.concatenate(self._kept))

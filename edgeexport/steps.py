@@ -384,6 +384,10 @@ def climb(
         rows = rows.reshape(-1, *shape[1:]) if len(shape) > 1 else rows.reshape(-1)
         return smoothing.restored(initializer, start, rows)
 
+    def smoothed(name: str, start: int, rows: Array) -> Array:
+        _, _, initializer, smoothing = places[name]
+        return smoothing.smoothed(initializer, start, rows)
+
     @contextmanager
     def watch(title: str) -> Iterator[Progress]:
         with console.step(title), console.progress(title, unit="steps") as progress:
@@ -403,6 +407,7 @@ def climb(
         unused=job.family.unused(job.checkpoint),
         checkpoint_rows=checkpoint_rows,
         stored_rows=stored_rows,
+        smoothed=smoothed,
         open=lambda *, exact=False: OpenArtifacts(lambda name: by_name[name], exact=exact),
         oracle=lambda: job.family.oracle(job.checkpoint.config),
         prompts=examples.texts(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],

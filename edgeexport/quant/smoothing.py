@@ -132,16 +132,6 @@ NOTHING = Smoothing()
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What a multiplication was fed: the largest magnitude of each channel and its mean square, float32 [K], and some
-    of the rows, float32 [n, K]."""
-
-    peaks: Float32
-    strength: Float32
-    rows: Float32
-
-
-@dataclass(frozen=True)
 class Reader:
     """A weight that reads it: some of its rows, float32 [n, K], of how many, its format, whether its integers are the
     checkpoint's own, and how much of rounding's error is left where they are chosen."""
@@ -160,9 +150,13 @@ def readers_of(
     return [Reader(*rows[name], plan.formats[name], name in plan.carried, left.get(name, 1.0)) for name in names]
 
 
-def choose(seen: Seen, readers: Sequence[Reader]) -> Int8 | None:
-    """The exponents [K] of least predicted error; None where moving nothing is best."""
-    best, least = None, _error(seen, readers, np.zeros(len(seen.peaks), np.int8))
+def choose(fed: Float32, readers: Sequence[Reader]) -> Int8 | None:
+    """The exponents [K] of least predicted error, by rows [n, K] of what is fed; None where moving nothing is best.
+
+    A token counts by its error over the strength of its product, or over that of most, where it is weaker: the first
+    token of a text can be a thousand times as strong as all others, and its error is nothing to it."""
+    seen = _evened(fed, _energy(readers))
+    best, least = None, _error(seen, readers, np.zeros(fed.shape[1], np.int8))
     tried: set[bytes] = set()
     for exponents in _candidates(seen, readers):
         if exponents.tobytes() in tried or not exponents.any():
@@ -174,12 +168,21 @@ def choose(seen: Seen, readers: Sequence[Reader]) -> Int8 | None:
     return best
 
 
-def _candidates(seen: Seen, readers: Sequence[Reader]) -> Iterator[Int8]:
+def _evened(fed: Float32, energy: Float32) -> Float32:
+    """Rows [n, K] over the strength of their products, which moving changes nothing of."""
+    products = (np.square(fed) * energy).sum(axis=1)
+    usual = max(float(np.median(products)), 1e-30)
+    evened: Float32 = (fed / np.sqrt(products + usual)[:, None]).astype(np.float32)
+    return evened
+
+
+def _candidates(seen: Float32, readers: Sequence[Reader]) -> Iterator[Int8]:
     """Exponents [K]; those of the columns of a block whose integers are carried over are equal."""
     block = max((reader.fmt.block for reader in readers if reader.carried), default=1)
-    fed, weights = (np.sqrt(part.reshape(-1, block).max(axis=1)) for part in (seen.peaks**2, _energy(readers)))
+    peaks = np.square(seen).max(axis=0)
+    fed, weights = (np.sqrt(part.reshape(-1, block).max(axis=1)) for part in (peaks, _energy(readers)))
     for balance in BALANCES:
-        whole = balance * np.log2(np.maximum(fed, 1e-6)) - (1 - balance) * np.log2(np.maximum(weights, 1e-6))
+        whole = balance * np.log2(np.maximum(fed, 1e-9)) - (1 - balance) * np.log2(np.maximum(weights, 1e-6))
         whole -= whole.mean()
         for power in POWERS:
             exponents = np.clip(np.rint(power * whole), -MOST, MOST).astype(np.int8)
@@ -194,17 +197,32 @@ def _energy(readers: Sequence[Reader]) -> Float32:
     return total
 
 
-def _error(seen: Seen, readers: Sequence[Reader], exponents: Int8) -> float:
+def _error(seen: Float32, readers: Sequence[Reader], exponents: Int8) -> float:
     """The mean squared error of all products, by rounding what they are fed and by rounding their weights. An error of
     rounding is taken to be spread evenly over a step and not to depend on others."""
     moved = exponents.astype(np.int32)
-    rows = np.ldexp(seen.rows, -moved)
+    rows = np.ldexp(seen, -moved)
     steps = (np.maximum(rows.max(axis=1), 0) - np.minimum(rows.min(axis=1), 0)) / np.float32(255)
     error = float(np.square(steps).mean()) / 12 * float(np.ldexp(_energy(readers), 2 * moved).sum())
-    strength = np.ldexp(seen.strength, -2 * moved)
+    strength = np.square(rows).mean(axis=0)
     for reader in readers:
-        if not reader.carried:
+        if reader.carried and reader.fmt.shift == "int8":
+            error += _error_of_offsets(rows, np.ldexp(reader.rows, moved), reader)
+        elif not reader.carried:
             weight = np.ldexp(reader.rows, moved)
             lost = np.square(weight - dequantize_codes(encode_rows(weight, reader.fmt), reader.fmt)).sum(axis=0)
             error += reader.left * reader.count / len(weight) * float((lost * strength).sum())
     return error
+
+
+def _error_of_offsets(fed: Float32, weight: Float32, reader: Reader) -> float:
+    """As `_error`, by rounding to int8 what blocks of carried integers are moved by, about the middle of their numbers,
+    and the sums of the input's blocks that are multiplied by it."""
+    sums = fed.reshape(len(fed), -1, reader.fmt.block).sum(axis=2)
+    blocks = weight.reshape(len(weight), -1, reader.fmt.block)
+    offsets = (blocks.min(axis=2) + blocks.max(axis=2)) / 2
+    steps = np.abs(offsets).max(axis=1) / np.float32(127)
+    rounded = float(np.square(steps).mean()) * float(np.square(sums).mean(axis=0).sum())
+    steps = (np.maximum(sums.max(axis=1), 0) - np.minimum(sums.min(axis=1), 0)) / np.float32(255)
+    fed_rounded = float(np.square(steps).mean()) * float(np.square(offsets).mean(axis=0).sum())
+    return reader.count * (rounded + fed_rounded) / 12

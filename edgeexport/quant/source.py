@@ -84,7 +84,7 @@ class PlannedWeights:
     def compare(self, name: str, start: int, stop: int, stored: Array) -> WeightStats:
         """Compare float32 rows that an artifact holds with the checkpoint's, which are read for this alone."""
         wanted = self._reader.rows(self._weights[name], start, stop)
-        return compare_rows(wanted, self._smoothing.restored(name, start, stored.reshape(wanted.shape)))
+        return compare_rows(self._smoothing.smoothed(name, start, wanted), stored.reshape(wanted.shape))
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):
