@@ -38,7 +38,7 @@ def planned(found: Traced, scheme: str = "int8") -> QuantPlan:
 
 def call(model: CanonicalModel, tokens: int = 12) -> dict[str, Array]:
     """A decoder's inputs, its cache apart."""
-    rng, fed = np.random.default_rng(3), {}
+    rng, fed = np.random.default_rng(3), dict[str, Array]()
     for spec in model.inputs:
         shape = [tokens if isinstance(size, Dim) else size for size in spec.shape]
         if spec.name == "input_ids":
