@@ -241,7 +241,7 @@ def test_the_number_of_threads_changes_nothing(zoo: Zoo, monkeypatch: pytest.Mon
 
         monkeypatch.setattr(onnxruntime, "InferenceSession", session)
         with WeightReader() as reader:
-            rows, plan = calibrate.rows_of(found.model, reader.rows), planned(found, "int4-b32")
+            rows, plan = calibrate.rows_of(found.model, reader.rows), planned(found)
             texts.append(
                 smooth.run(found.model, plan, "gptq", [call(found.model)] * 3, rows, lambda *_: None).to_json()
             )
