@@ -23,6 +23,8 @@ from edgeexport.quant.budget import Budget, Choice
 from edgeexport.quant.calibration import LENGTH, METHODS, TOKENS, Calibration, Document, default_method
 from edgeexport.quant.codes import CodeStore, load_index
 from edgeexport.quant.schemes import AUTO
+from edgeexport.quant.smoothing import FILE as SMOOTHING
+from edgeexport.quant.smoothing import Smoothing
 from edgeexport.session.audio import read_wav
 from edgeexport.session.image_file import read_image
 from edgeexport.session.inputs import Inputs
@@ -136,6 +138,36 @@ def short_calls(job: Job, parts: Sequence[Built], reader: WeightReader, units: i
     return [calls[int(at * step)].inputs() for at in range(min(count, len(calls)))]
 
 
+def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
+    """Move outliers of the decoder's activations into its weights, where the target's runtime rounds activations to
+    int8 with a scale per token and the job calibrates. A GPU's do not round them."""
+    from edgeexport import calibrate as calibration
+    from edgeexport import smooth as smoothing
+
+    method, decoder = job.calibration.method, next(part for part in parts if part.name == DECODER)
+    model = decoder.models[0]
+    rounds = backends.load(job.target.backend).TRAITS.token_scales and not job.target.options.get("gpu", False)
+    if method == "none" or not rounds or not smoothing.sites(model, decoder.plan):
+        return list(parts)
+    stored = {name: (fmt.name, name in decoder.plan.carried) for name, fmt in sorted(decoder.plan.formats.items())}
+    chosen = method, job.calibration.digest
+    named = key("smoothing", model.digest, job.weights_digest, stored, chosen, tool_versions(), code_digest())
+
+    def rows(model: CanonicalModel) -> Rows:
+        return calibration.rows_of(model, reader.rows)
+
+    def fill(folder: Path) -> None:
+        with console.progress(f"Smoothing {job.checkpoint.name}", unit="steps") as progress:
+            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
+            found = smoothing.run(model, decoder.plan, calls, rows(model), progress)
+        (folder / SMOOTHING).write_bytes(found.to_json())
+
+    with console.step(f"Smoothing {job.checkpoint.name}"):
+        folder, _ = cache.folder("smoothing", named, fill)
+    found = Smoothing.from_json((folder / SMOOTHING).read_bytes())
+    return [replace(part, smoothing=found) if part.name == DECODER else part for part in parts]
+
+
 def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
     """Choose the integers of the decoder's 4-bit weights by what they are fed, where the job asks for it."""
     from edgeexport import calibrate as calibration
@@ -147,7 +179,7 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     if method == "none" or not names:
         return list(parts)
     formats = {name: decoder.plan.formats[name] for name in sorted(names)}
-    chosen = method, job.calibration.digest, job.calibration.device
+    chosen = method, job.calibration.digest, job.calibration.device, decoder.smoothing.digest
     named = key("codes", model.digest, job.weights_digest, formats, chosen, tool_versions(), code_digest())
 
     def rows(model: CanonicalModel) -> Rows:
@@ -157,13 +189,19 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
         with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
             calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
-            calibration.run(task, calls, rows(model), work, progress).move(folder)
+            smoothed = _smoothed(rows(model), decoder.smoothing)
+            calibration.run(task, calls, smoothed, work, progress).move(folder)
 
     # two builds of one model calibrate it once: the second waits, and finds the codes filed
     with console.step(f"Calibrating {job.checkpoint.name} by {method}"), cache.workplace("calibrate", named) as work:
         folder, _ = cache.folder("codes", named, fill)
     store = CodeStore(folder, load_index(folder))
     return [replace(part, codes=store) if part.name in (DECODER, "embed") else part for part in parts]
+
+
+def _smoothed(rows: Rows, smoothing: Smoothing) -> Rows:
+    """Weights as they are stored but for their rounding: their activations are those that the artifact will have."""
+    return lambda name, start, stop: smoothing.smoothed(name, start, rows(name, start, stop))
 
 
 def calibration_calls(

@@ -518,6 +518,9 @@ class Traits:
     compiler: float = 0.0
     """What its compiler, a process of its own, holds at most, as a multiple of the artifact's bytes."""
     package: Package | None = None
+    token_scales: bool = False
+    """Its kernels round what integers are multiplied by to int8 with one scale for all channels of a token, so that
+    outliers are worth moving into weights."""
 
 
 Progress = Callable[[int, int], None]

@@ -1080,6 +1080,18 @@ def bundle_bad_preprocess(where: object, problem: str) -> BundleError:
     )
 
 
+def bundle_bad_smoothing(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-bad-smoothing",
+            "what was moved between activations and weights cannot be read",
+            str(where),
+            problem,
+            "build the bundle again, or fetch it again from where it was built",
+        )
+    )
+
+
 def modality_missing(what: str, component: str) -> UsageError:
     return UsageError(
         _error(

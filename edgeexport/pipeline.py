@@ -121,7 +121,8 @@ def build(
             return result
         refuse_existing(destination, force=force)
         step.check(job, planned)
-        chosen = choosing.calibrate(job, planned, reader, cache, console)
+        smoothed = choosing.smooth(job, planned, reader, cache, console)
+        chosen = choosing.calibrate(job, smoothed, reader, cache, console)
         parts = step.compile(job, chosen, reader, cache, console)
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)

@@ -15,12 +15,14 @@ import numpy as np
 from edgeexport import backends, errors, families, targets
 from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
-from edgeexport.bundle.bundle import open_bundle
+from edgeexport.bundle.bundle import Bundle, open_bundle
 from edgeexport.bundle.writer import BundleWriter
 from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
 from edgeexport.quant import budget
+from edgeexport.quant.smoothing import FILE as SMOOTHING
+from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.session import preprocess
 from edgeexport.steps import DECODER, Built
 
@@ -89,6 +91,8 @@ def write_bundle(
             for name in artifact.files:
                 writer.add_file(name, folder / name)
             writer.add_bytes(f"{artifact.component}.weights.json", pretty(artifact.weights))
+            if part.smoothing:
+                writer.add_bytes(f"{artifact.component}.{SMOOTHING}", part.smoothing.to_json())
         for name, data in sorted(job.tokenizer_files.items()):
             writer.add_bytes(f"tokenizer/{name}", data)
         for path, data in sorted(job.text_tables[0].items()):
@@ -240,7 +244,22 @@ def artifacts_of_bundle(folder: Path, parts: Sequence[Built]) -> list[Built]:
         artifact = Artifact(part.name, component.backend, component.files, signatures, component.state, weights, {})
         how = bundle.manifest.calibration
         known = how.provenance if how is not None and part.name == DECODER else None
-        found.append(replace(part, folder=folder, artifact=artifact, known=known))
+        smoothing = _smoothing_of(bundle, part)
+        found.append(replace(part, folder=folder, artifact=artifact, known=known, smoothing=smoothing))
+    return found
+
+
+def _smoothing_of(bundle: Bundle, part: Built) -> Smoothing:
+    """What was moved in a bundle's component. Raises: BundleError `bundle-bad-smoothing`."""
+    name = f"{part.name}.{SMOOTHING}"
+    if name not in bundle.manifest.files:
+        return NOTHING
+    try:
+        found = Smoothing.from_json((bundle.path / name).read_bytes())
+        if not found.fit(part.shapes()):
+            raise ValueError("it names weights that the model does not have, or of another shape")
+    except (OSError, ValueError) as problem:
+        raise errors.bundle_bad_smoothing(bundle.path / name, str(problem)) from problem
     return found
 
 

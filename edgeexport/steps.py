@@ -33,6 +33,7 @@ from edgeexport.core import (
 )
 from edgeexport.job import Job
 from edgeexport.quant.codes import CodeStore
+from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.quant.source import PlannedWeights, no_samples
 from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.units import format_bytes, format_seconds
@@ -97,6 +98,8 @@ class Built:
     plan: QuantPlan
     codes: CodeStore | None = None
     """Integers that calibration chose."""
+    smoothing: Smoothing = NOTHING
+    """Outliers of activations that were moved into weights."""
     folder: Path | None = None
     artifact: Artifact | None = None
     known: Provenance | None = None
@@ -211,7 +214,9 @@ def compile(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
 
 def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console: Console) -> Built:
     def fill(folder: Path) -> None:
-        source = PlannedWeights(reader, part.models[0].weights, part.plan, _samples(job, part.name), part.codes)
+        source = PlannedWeights(
+            reader, part.models[0].weights, part.plan, _samples(job, part.name), part.codes, part.smoothing
+        )
         backend = backends.load(job.target.backend)
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
@@ -219,7 +224,8 @@ def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console
 
     with console.step(f"Compiling {part.name} for {job.target.name}"):
         chosen = part.codes.digest if part.codes is not None else ""
-        folder, _ = cache.folder("compile", key(job.compile_key, part.name, chosen), fill)
+        named = key(job.compile_key, part.name, chosen, part.smoothing.digest)
+        folder, _ = cache.folder("compile", named, fill)
     return replace(
         part, folder=folder, artifact=msgspec.json.decode((folder / "artifact.json").read_bytes(), type=Artifact)
     )
@@ -244,7 +250,7 @@ def climb(
     tensors = job.checkpoint.tensors
     runner = backends.load_runner(job.target.backend)
     places = {
-        ref.name: (*part.files, name) for part in parts for name, ref in part.models[0].weights.items()
+        ref.name: (*part.files, name, part.smoothing) for part in parts for name, ref in part.models[0].weights.items()
     }  # a tied tensor that two components store is the same in both
 
     def checkpoint_rows(name: str, start: int, stop: int) -> Array:
@@ -252,9 +258,14 @@ def climb(
 
     def stored_rows(name: str, start: int, stop: int) -> Array:
         shape = tensors[name].shape
-        folder, artifact, initializer = places[name]
+        folder, artifact, initializer, smoothing = places[name]
         rows = read_rows(folder, artifact.weights[initializer], start, stop)
-        return rows.reshape(-1, *shape[1:]) if len(shape) > 1 else rows.reshape(-1)
+        rows = rows.reshape(-1, *shape[1:]) if len(shape) > 1 else rows.reshape(-1)
+        return smoothing.restored(initializer, start, rows)
+
+    def smoothed(name: str, start: int, rows: Array) -> Array:
+        _, _, initializer, smoothing = places[name]
+        return smoothing.smoothed(initializer, start, rows)
 
     @contextmanager
     def watch(title: str) -> Iterator[Progress]:
@@ -275,6 +286,7 @@ def climb(
         unused=job.family.unused(job.checkpoint),
         checkpoint_rows=checkpoint_rows,
         stored_rows=stored_rows,
+        smoothed=smoothed,
         open=lambda *, exact=False: OpenArtifacts(lambda name: by_name[name], exact=exact),
         oracle=lambda: job.family.oracle(job.checkpoint.config),
         prompts=examples.texts(job.tokenizer_files["tokenizer.json"], vocab, job.context)[:PROMPTS],

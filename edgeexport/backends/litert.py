@@ -235,4 +235,4 @@ def specs(tensors: Mapping[str, Tensor]) -> tuple[TensorSpec, ...]:
     return tuple(TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items())
 
 
-TRAITS = Traits(positive_scales=True, shifts=("int8",), package=write_package)
+TRAITS = Traits(positive_scales=True, shifts=("int8",), package=write_package, token_scales=True)

@@ -121,6 +121,9 @@ class Subject:
     overrides: Mapping[str, Any]
     probe: Probe | None = None
     stand_in: StandIn | None = None
+    smoothed: Callable[[str, int, Array], Array] = lambda name, start, rows: rows
+    """Rows of a weight from `start` on, by checkpoint name, with what was moved between weights before they were
+    rounded, none of which `checkpoint_rows` and `stored_rows` have."""
 
     @property
     def decoder(self) -> Part:

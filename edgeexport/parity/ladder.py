@@ -364,7 +364,10 @@ def _compare_weight(subject: Subject, ref: TensorRef) -> WeightStats:
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         want = subject.checkpoint_rows(ref.name, start, stop)
-        stats = stats.merge(compare_rows(want, subject.stored_rows(ref.name, start, stop).reshape(want.shape)))
+        held = subject.stored_rows(ref.name, start, stop).reshape(want.shape)
+        # rounding is as even as it is where it was done
+        want, held = (subject.smoothed(ref.name, start, rows) for rows in (want, held))
+        stats = stats.merge(compare_rows(want, held))
     return stats
 
 

@@ -10,6 +10,7 @@ from edgeexport.checkpoint.weights import WeightReader
 from edgeexport.core import PALETTE, Array, Codes, QuantPlan, TensorRef
 from edgeexport.quant import prequantised, repack
 from edgeexport.quant.codes import CodeStore
+from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.quant.stats import WeightStats, compare_rows
 from edgeexport.quant.weights import Scratch, cast_rows, dequantize_codes, encode_rows
 
@@ -33,16 +34,20 @@ class PlannedWeights:
         plan: QuantPlan,
         samples: Samples = no_samples,
         codes: CodeStore | None = None,
+        smoothing: Smoothing = NOTHING,
     ) -> None:
+        """`codes` are of weights that are smoothed already."""
         self._reader = reader
         self._weights = weights
         self._plan = plan
         self._samples = samples
         self._codes = codes
+        self._smoothing = smoothing
         self._local = threading.local()
 
     def __reduce__(self) -> tuple[type[PlannedWeights], tuple[Any, ...]]:
-        return PlannedWeights, (self._reader, self._weights, self._plan, self._samples, self._codes)
+        held = self._reader, self._weights, self._plan, self._samples, self._codes, self._smoothing
+        return PlannedWeights, held
 
     def samples(self, variant: str) -> Iterable[Mapping[str, Array]]:
         """What the user gave to calibrate this variant by."""
@@ -50,7 +55,7 @@ class PlannedWeights:
 
     def float_rows(self, name: str, start: int, stop: int) -> Array:
         """Rows (of a vector: elements) in the tensor's float format. Raises `nonfinite-weight`, `weight-too-large`."""
-        rows = self._reader.rows(self._weights[name], start, stop)
+        rows = self._smoothing.smoothed(name, start, self._reader.rows(self._weights[name], start, stop))
         return cast_rows(rows, self._plan.formats[name], name=name, first_row=start)
 
     def quantized_rows(self, name: str, start: int, stop: int) -> Codes:
@@ -60,10 +65,11 @@ class PlannedWeights:
         if name in self._plan.carried and ref.packing is not None:
             return prequantised.carried_rows(self._reader, ref, fmt, start, stop)
         if name in self._plan.carried:
-            return repack.carried_rows(self._reader, ref, fmt, start, stop)
+            own = repack.carried_rows(self._reader, ref, fmt, start, stop)
+            return self._smoothing.codes(name, start, own, fmt)
         if self._codes is not None and name in self._codes:
             return self._codes.rows(name, start, stop)
-        rows = self._reader.rows(ref, start, stop).reshape(stop - start, -1)
+        rows = self._smoothing.smoothed(name, start, self._reader.rows(ref, start, stop)).reshape(stop - start, -1)
         return encode_rows(rows, fmt, name=name, first_row=start, scratch=self._scratch())
 
     def stored_rows(self, name: str, start: int, stop: int) -> Array:
@@ -80,7 +86,7 @@ class PlannedWeights:
     def compare(self, name: str, start: int, stop: int, stored: Array) -> WeightStats:
         """Compare float32 rows that an artifact holds with the checkpoint's, which are read for this alone."""
         wanted = self._reader.rows(self._weights[name], start, stop)
-        return compare_rows(wanted, stored.reshape(wanted.shape))
+        return compare_rows(self._smoothing.smoothed(name, start, wanted), stored.reshape(wanted.shape))
 
     def _scratch(self) -> Scratch:
         if not hasattr(self._local, "scratch"):

@@ -257,6 +257,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "budget_without_auto": {"option": "--max-size"},
     "unknown_device": {"name": "galaxy-s32", "target": "android-ort", "known": ["galaxy-s23", "galaxy-s25"]},
     "plan_unusable": {"path": "quant-plan.json", "why": "the model has no model.layers.9.mlp.up_proj.weight"},
+    "bundle_bad_smoothing": {"where": "b/decoder.smoothing.json", "problem": "Expected `array`, got `object`"},
     "max_size_exceeded": {"limit": 90 << 20, "size": 91 << 20},
     "text_unreadable": {"path": Path("notes.txt"), "why": "it has fewer than two tokens"},
     "calibration_unusable": {"path": Path("texts"), "why": "it holds no .txt, .md or .jsonl file"},
