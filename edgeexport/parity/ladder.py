@@ -212,14 +212,19 @@ def _lowering(evidence: Evidence, state: Climb) -> None:
         off = max_abs(want, shipped.logits[sequence.name])
         change = max(change, off)
         if rounds:
-            kl = float(kl_divergence(want, shipped.logits[sequence.name]).mean())
+            kl = kl_divergence(want, shipped.logits[sequence.name])
             most, least = (table[_kind(subject.decoder)] for table in (gates.SHIPPED_KL, gates.SHIPPED_SNR_DB))
             most = gates.gate(subject.overrides, "L4", "kl", most)
             noise = snr_db(want, shipped.logits[sequence.name])
-            metrics = {"kl": kl, "snr_db": noise, "max_abs": off, "steps": len(want)}
+            middle = float(np.median(kl))
+            metrics = {
+                "median_kl": middle, "kl": float(kl.mean()), "snr_db": noise, "max_abs": off, "steps": len(want)
+            }  # fmt: skip
             title = _title("logits, as shipped", sequence)
-            limits = {"kl": most, "min_snr_db": least}
-            state.results.append(_row(DECODER, "L4", title, metrics, limits, kl <= most and noise >= least))
+            # What a script lets follow a prompt is unlike anything a model saw, and one step of it may turn on a tie
+            # (0.7 nats of autoglm-phone-mini's after a picture, the other nine 0.02): the mean is judged along answers.
+            limits = {"median_kl": most, "min_snr_db": least}
+            state.results.append(_row(DECODER, "L4", title, metrics, limits, middle <= most and noise >= least))
         golden = state.golden.setdefault(sequence.name, _golden(sequence, evidence.oracle.logits[sequence.name]))
         golden["artifact_logits"] = _golden_rows(sequence, shipped.logits[sequence.name])
     state.drift = _drift(evidence.oracle.hidden, graph.hidden)
@@ -255,19 +260,17 @@ def _behaviour(evidence: Evidence, state: Climb) -> None:
         agree, near, total = _agreement([a.logits for a in answers], chosen, firsts, tie)
         least = 1.0 if level == "L4" else gates.gate(subject.overrides, "L5", "top1", gates.REFERENCE_TOP1[grade])
         state.results.append(_tokens_row(level, title, agree, near, total, {"top1": least, "near_tie": tie}))
-    limit = gates.gate(subject.overrides, "L5", "kl", gates.REFERENCE_KL[grade])
-    for title, names in {"text": subject.questions, "pictures and sound": subject.shown}.items():
-        # What a script lets follow a prompt is unlike anything a model saw; what the artifact itself answers is not.
-        along = [
-            kl_divergence(answer.logits[: len(each.logits)], np.stack(each.logits))
-            for name, each, answer in zip(prompts, answered, answers, strict=True)
-            if name in names and each.logits
-        ]
-        if along:
-            steps = np.concatenate(along)
-            metrics = {"kl": float(steps.mean()), "steps": len(steps)}
-            row = f"logits of answers to {title}, against transformers"
-            state.results.append(_row(DECODER, "L5", row, metrics, {"kl": limit}, metrics["kl"] <= limit))
+        most = gates.SHIPPED_KL[kind] if level == "L4" else gates.REFERENCE_KL[grade]
+        against = title.removeprefix("tokens, ")
+        for kinds, names in {"text": subject.questions, "pictures and sound": subject.shown}.items():
+            along = [
+                kl_divergence(answer.logits[: len(each.logits)], np.stack(each.logits))
+                for name, each, answer in zip(prompts, answered, answers, strict=True)
+                if name in names and each.logits
+            ]
+            if along:
+                limit = gates.gate(subject.overrides, level, "kl", most)
+                state.results.append(_along_row(level, f"logits of answers to {kinds}, {against}", along, limit))
     with evidence.watch("Answering with the original model"):
         _answers(subject, state, answered, [answer.logits for answer in answers], prompts, reference, tie, grade)
 
@@ -308,6 +311,13 @@ def _answers(
     metrics = {"share": share, "near_tie": near, "answers": len(compared)}
     row = _row(DECODER, "L5", "answers, against transformers", metrics, {"share": least}, share >= least, note)
     state.results.append(row if decided else replace(row, verdict=Verdict.AMBIGUOUS))
+
+
+def _along_row(level: str, title: str, along: Sequence[Array], limit: float) -> ParityResult:
+    """KL along the artifact's own answers, all steps of all of them together."""
+    steps = np.concatenate(along)
+    metrics = {"kl": float(steps.mean()), "steps": len(steps)}
+    return _row(DECODER, level, title, metrics, {"kl": limit}, metrics["kl"] <= limit)
 
 
 def _tokens_row(level: str, title: str, agree: int, near: int, total: int, gate: Mapping[str, float]) -> ParityResult:
