@@ -32,8 +32,9 @@ demo: setup
 	  --prompt "Which digit do you see and which do you hear?"
 	$(BIN)/edgeexport run $(MINI) --prompt "What is the capital of France?" --max-tokens 8
 
+# Two workers with a core each. Each begins with a half of the files, so that a file's fixtures are made once.
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m "$(TESTS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(TESTS)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -23,8 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """No test reads or writes the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    """No test reads or writes the user's cache. All workers share one: what one has traced, none traces again."""
+    from sharing import shared
+
+    folder = shared(tmp_path_factory, "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EDGEEXPORT_CACHE_DIR", str(folder))
         yield folder

@@ -12,14 +12,16 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edgeexport import backends, families, targets
+from edgeexport import backends, families, steps, targets
 from edgeexport.backends.onnxruntime_runner import OnnxDecoder
 from edgeexport.backends.storage import read_rows
 from edgeexport.bundle.artifacts import OpenArtifacts
+from edgeexport.bundle.cache import Cache
 from edgeexport.canonical import dialect
-from edgeexport.canonical.trace import trace
 from edgeexport.checkpoint import WeightReader, open_checkpoint
+from edgeexport.console import Console
 from edgeexport.core import Array, Artifact, CanonicalModel, Checkpoint, Dim, QuantPlan, Target, TensorSpec, no_progress
+from edgeexport.job import Job
 from edgeexport.quant import plan
 from edgeexport.quant.source import PlannedWeights, Samples, no_samples
 from edgeexport.session.inputs import Inputs
@@ -155,10 +157,12 @@ def _original(folder: Path, **loading: Any) -> Any:
 
 
 def traced(folder: Path, context: int = CONTEXT, shapes: Mapping[str, Any] = SHAPES) -> Traced:
-    """The checkpoint in this folder and the canonical graphs of its components."""
+    """The checkpoint in this folder and the canonical graphs of its components; as a build, from the cache where a
+    model of the same shapes was traced before."""
     checkpoint = open_checkpoint(folder)
-    components = families.find(checkpoint.model_type).components(checkpoint, context, shapes)
-    models = [trace(component, checkpoint.tensors) for component in components]
+    aim = replace(targets.load("host-ort"), shapes=shapes)
+    job = Job(checkpoint, aim, "fp32", context, "L1", families.find(checkpoint.model_type))
+    models = [model for part in steps.trace(job, Cache(), Console(quiet=True)) for model in part.models]
     return Traced(checkpoint, {(model.component, model.variant): model for model in models})
 
 

@@ -16,7 +16,8 @@ import pytest
 from bundles import rehash
 from factories import with_tokenizer
 from graphs import strengthened, write_checkpoint
-from native import CPP, ROOT, alone, libraries, programs, run
+from native import CPP, ROOT, libraries, programs, run
+from sharing import alone
 from test_android_pictures import PICTURES, prompt_of, seeing
 from test_android_runtime import TOKENS, built, image_and_sound
 

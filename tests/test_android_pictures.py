@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import rehash
-from native import alone, answers, device_rows, edgeexport_run, programs
-from test_android_runtime import shared
+from native import answers, device_rows, edgeexport_run, programs
+from sharing import alone, shared
 from test_glm4v import CASES, checkpoint_of, target_of
 
 from edgeexport import build, open_bundle
@@ -32,7 +32,7 @@ def loader() -> Path:
 
 def seeing(factory: pytest.TempPathFactory) -> Path:
     """A bundle that sees, with pictures in its golden vectors, made by the first worker of this run that needs it."""
-    folder = shared(factory, "glm4v")
+    folder = shared(factory, "android", "glm4v")
     found = folder / "out" / "model-tiny"
     with alone(folder):
         if not found.exists():

@@ -16,7 +16,8 @@ import pytest
 from bundles import rehash, write_bundle
 from factories import with_tokenizer
 from graphs import write_checkpoint
-from native import CPP, SANITIZERS, alone, answers, device_rows, edgeexport_run, libraries, programs, run
+from native import CPP, SANITIZERS, answers, device_rows, edgeexport_run, libraries, programs, run
+from sharing import alone, shared
 
 from edgeexport import build, errors, families, open_bundle
 from edgeexport.bundle import device_report, golden
@@ -36,15 +37,9 @@ CODES_OF_DEVICES = {
 }
 
 
-def shared(factory: pytest.TempPathFactory, name: str) -> Path:
-    """A folder that all workers of this run share."""
-    own = factory.getbasetemp()
-    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "android" / name
-
-
 def built(factory: pytest.TempPathFactory, model: str, target: str, scheme: str, parity: str = "L4") -> Path:
     """A bundle, made by the first worker of this run that needs it."""
-    folder = shared(factory, scheme)
+    folder = shared(factory, "android", f"{model}-{target}-{scheme}")
     found = folder / f"{model}-{target}"
     with alone(folder):
         if not found.exists():

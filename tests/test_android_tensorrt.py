@@ -20,8 +20,8 @@ import pytest
 from bundles import rehash
 from factories import with_tokenizer
 from graphs import write_checkpoint
-from native import CPP, SANITIZERS, alone, libraries, programs, run
-from test_android_runtime import shared
+from native import CPP, SANITIZERS, libraries, programs, run
+from sharing import alone, shared
 from test_coreml_pipeline import small
 from test_glm4v import CASES, checkpoint_of
 

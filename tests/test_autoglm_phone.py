@@ -458,7 +458,8 @@ def test_the_cnn_knows_what_is_in_a_picture() -> None:
 
 
 @pytest.mark.real
-def test_mini_is_assembled_whole_and_the_same_every_time(own_cache: Path) -> None:
+def test_mini_is_assembled_whole_and_the_same_every_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EDGEEXPORT_CACHE_DIR", str(tmp_path))
     checkpoint = assemble.open_model()
     with torch.device("meta"):
         wanted = {name: tuple(value.shape) for name, value in AutoGLMPhone(preset("mini")).state_dict().items()}
@@ -504,7 +505,8 @@ def test_the_int4_bundle_answers_as_well_as_the_model_it_was_made_from(tmp_path:
     from edgeexport.families.autoglm_phone.evaluate import answerer
 
     items = data.part_of(data.held_out_items(data.held_out_split()), 12)
-    bundle = open_bundle(build("autoglm-phone-mini", "host-ort", tmp_path, quant="int4-b32", parity="L1").bundle)
+    made = build("autoglm-phone-mini", "host-ort", tmp_path, quant="int4-b32", context=512, parity="L1")
+    bundle = open_bundle(made.bundle)
     with bundle.session() as session:
         right = data.accuracy(items, answerer(bundle, session))
     assert right.keys() == set(data.TASKS)

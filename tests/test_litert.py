@@ -380,9 +380,9 @@ def test_a_damaged_file_does_not_open(damage: str, zoo: Zoo, tmp_path: Path) -> 
         litert_runner.open_decoder(tmp_path, artifact)
 
 
-def test_packed_weights_of_another_model_are_never_used(
-    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_weights_of_another_model_are_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own_cache = tmp_path / "cache"
+    monkeypatch.setenv("EDGEEXPORT_CACHE_DIR", str(own_cache))
     bundle, first = shipped_llama(tmp_path / "a", seed=1)
     other, second = shipped_llama(tmp_path / "b", seed=2)
     assert (answer(bundle, first), answer(bundle, first)) == (answer(bundle, first),) * 2  # packed, then as kept

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from edgeexport import open_bundle, targets
+from edgeexport.cli import execute
 from edgeexport.parity.examples import TEXTS
 
 pytestmark = pytest.mark.real
@@ -27,9 +28,7 @@ def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     source = targets.load("android-tflite").source.replace("litertlm = false", "litertlm = true")
     (out / "android-tflite.toml").write_text(source)
     command = ["build", MODEL, "--target", str(out / "android-tflite.toml"), "--quant", str(request.param)]
-    arguments = [*command, "--context", "512", "-o", str(out), "--json"]
-    done = subprocess.run([sys.executable, "-m", "edgeexport", *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr + done.stdout
+    assert execute([*command, "--context", "512", "-o", str(out)]) == 0
     return out / f"{MODEL}-android-tflite"
 
 

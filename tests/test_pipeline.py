@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from bundles import rehash
 from factories import tiny_model, with_tokenizer, write_gguf
-from graphs import FAMILIES, oracle, reference_logits, write_checkpoint
+from graphs import FAMILIES, TEXT_FAMILIES, oracle, reference_logits, write_checkpoint
 
 from edgeexport import build, families, open_bundle, steps
 from edgeexport.bundle.verify import verify
@@ -70,11 +70,19 @@ def code_of(run: Any) -> tuple[str, int]:
     return caught.value.findings[0].code, caught.value.exit_code
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("family", FAMILIES)
+SEEING = tuple(name for name in FAMILIES if name not in TEXT_FAMILIES)
+WALKS = sorted(
+    {(family, "fp32") for family in FAMILIES}
+    | {(names[i % len(names)], scheme) for i, scheme in enumerate(SCHEMES) for names in (TEXT_FAMILIES, SEEING)}
+)
+"""Every family, and every scheme with a model of text and one that sees."""
+
+
+@pytest.mark.parametrize(("family", "scheme"), WALKS)
 def test_every_family_and_scheme_walks_to_a_bundle(
     family: str, scheme: str, checkpoints: dict[str, Path], small_target: str, tmp_path: Path
 ) -> None:
+    """That all families compute in all schemes what they must is in test_backends_contract.py, for less."""
     result = build(str(checkpoints[family]), small_target, tmp_path, quant=scheme, context=CONTEXT)
     assert {row.level for row in result.results} == set(LEVELS)
     assert not [row for row in result.results if row.verdict in (Verdict.FAIL, Verdict.NOT_RUN)]
