@@ -422,7 +422,15 @@ def _kind(part: Part) -> str:
 def _grade(part: Part) -> str:
     """The kind and, at 4 bits, where the integers come from: the row of the tables of L5."""
     kind = _kind(part)
-    return f"{kind} {part.provenance}" if kind == "int4" else kind
+    if kind != "int4":
+        return kind
+    packed = [
+        fmt
+        for name, fmt in part.plan.formats.items()
+        if fmt.bits == 4 and part.plan.classes[name] in ("linear", "encoder")
+    ]
+    wide = part.provenance == "gptq" and any(not 0 < fmt.block <= 32 for fmt in packed)
+    return f"{kind} {part.provenance}{' wide' if wide else ''}"
 
 
 def _row(
