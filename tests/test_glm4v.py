@@ -237,7 +237,9 @@ def test_a_prompt_with_pictures_is_judged_along_the_artifacts_own_answer(works: 
 
     made = build(str(checkpoint), str(target_of(work.case, tmp_path)), tmp_path / "out", quant="int8", parity="L5")
 
-    (row,) = [each for each in made.results if each.output.startswith("logits of answers to pictures")]
+    (row,) = [
+        each for each in made.results if each.level == "L5" and each.output.startswith("logits of answers to pictures")
+    ]
     answer, logits = answered(made.bundle, prompt, pictures, steps.ANSWER_TOKENS, frozenset(answer[-1:]))
     assert row.metrics["steps"] == len(answer) < steps.ANSWER_TOKENS
     given = processor(checkpoint)(images=[each.array for each in pictures], return_tensors="pt")

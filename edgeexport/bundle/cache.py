@@ -50,7 +50,6 @@ class Cache:
             return place, True
         partial = place.with_name(f".{key}.{os.getpid()}")
         try:
-            shutil.rmtree(place, ignore_errors=True)
             place.parent.mkdir(parents=True, exist_ok=True)
             self._sweep(place.parent)
             partial.mkdir()
@@ -60,10 +59,13 @@ class Cache:
             fill(partial)
             digests = {path.relative_to(partial).as_posix(): sha256_of(path) for path in _files(partial)}
             (partial / DIGESTS).write_text(json.dumps(digests))
+            # What is there is removed as late as can be: another build may have filed the same entry meanwhile.
+            if place.exists() and (force or not self._intact(place)):
+                shutil.rmtree(place, ignore_errors=True)
             try:
                 partial.rename(place)
             except OSError:
-                if not self._intact(place):  # another build filed the same entry first
+                if not self._intact(place):
                     raise
         except OSError as problem:
             raise errors.output_not_writable(self._root, str(problem)) from problem
@@ -117,7 +119,7 @@ def owned(folder: Path) -> Iterator[None]:
     path = folder.with_name(f"{folder.name}.lock")
     while True:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
             lock = path.open("w")
         except OSError as problem:
             raise errors.output_not_writable(folder, str(problem)) from problem
@@ -125,7 +127,10 @@ def owned(folder: Path) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if _inode(path) != os.fstat(lock.fileno()).st_ino:
                 continue  # whoever had it has removed it: a third one may hold a new one
-            folder.mkdir(parents=True, exist_ok=True)  # so may the folder be gone, its work done
+            try:  # within the lock alone: who has it removes the folder when its work is done
+                folder.mkdir(exist_ok=True)
+            except OSError as problem:
+                raise errors.output_not_writable(folder, str(problem)) from problem
             try:
                 yield
             finally:
