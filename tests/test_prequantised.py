@@ -24,6 +24,7 @@ from edgeexport.core import Checkpoint, QuantPlan, Verdict, worst
 from edgeexport.packing import round_offsets
 from edgeexport.plan import plan as plan_of
 from edgeexport.quant.prequantised import carried_rows
+from edgeexport.quant.smoothing import Fold, Smoothing
 from edgeexport.quant.source import PlannedWeights
 from edgeexport.quant.weights import dequantize_codes, stored_offsets
 
@@ -531,6 +532,36 @@ def test_a_build_climbs_the_whole_ladder(name: str, tmp_path: Path) -> None:
     assert row.metrics["min_snr_db"] == np.inf, "rounded to 4 bits, it would be some 20"
     (row,) = [row for row in result.results if row.output == "coverage"]
     assert row.metrics["not_read"] == (14 if name == "gptq symmetric" else 0)
+
+
+@pytest.mark.parametrize("name", ["gptq symmetric", "awq", "int-quantized"])
+def test_what_is_moved_into_carried_codes_is_what_they_stand_for(name: str, folders: Folders) -> None:
+    """Outliers of activations go into the scales and offsets of carried codes as into any other weight (LiteRT)."""
+    checkpoint = open_checkpoint(folders(name)[0])
+    plan = plan_for(checkpoint, "int4-b32" if VARIANTS[name].bits == 4 else "int8", "litert")
+    weight = f"{AT}.weight"
+    assert weight in plan.carried
+    rows, width = checkpoint.tensors[weight].shape
+    rng, block = np.random.default_rng(3), plan.formats[weight].block or width
+    columns = np.repeat(rng.integers(-2, 3, width // block), block).astype(np.int8)
+    folds = [
+        Fold("norm.weight", (weight,), columns),
+        Fold(weight, (), rng.integers(-2, 3, rows).astype(np.int8)),
+    ]
+    with WeightReader() as reader:
+        source = PlannedWeights(reader, checkpoint.tensors, plan, smoothing=Smoothing(folds))
+        stored = source.stored_rows(weight, 0, rows)
+        assert source.compare(weight, 0, rows, stored).snr_db > 40, "not moved, it would be some 0"
+
+
+def test_rows_of_one_scale_can_be_built_where_activations_are_smoothed(tmp_path: Path) -> None:
+    from factories import with_tokenizer
+
+    stored, _ = tensors_of(VARIANTS["int-quantized"])
+    folder = with_tokenizer(write(tmp_path / "model", VARIANTS["int-quantized"], stored))
+    result = pipeline.build(str(folder), "android-tflite", tmp_path, quant="int8", context=64, parity="L3")
+    assert result.plan["carried"]["matrices"] > 0
+    assert worst(row for row in result.results if row.level == "L3") is Verdict.PASS
 
 
 def test_a_bias_that_is_not_zero_must_be_read(tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def _evened(fed: Float32, energy: Float32) -> Float32:
 
 def _candidates(seen: Float32, readers: Sequence[Reader]) -> Iterator[Int8]:
     """Exponents [K]; those of the columns of a block whose integers are carried over are equal."""
-    block = max((reader.fmt.block for reader in readers if reader.carried), default=1)
+    block = max((reader.fmt.block or seen.shape[1] for reader in readers if reader.carried), default=1)
     peaks = np.square(seen).max(axis=0)
     fed, weights = (np.sqrt(part.reshape(-1, block).max(axis=1)) for part in (peaks, _energy(readers)))
     for balance in BALANCES:

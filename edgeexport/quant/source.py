@@ -62,11 +62,9 @@ class PlannedWeights:
         """Rows of an integer format, those of a convolution [rows, elements of one]: the checkpoint's own integers
         where the plan carries them, those of `codes` where it has the weight, else rounded. Raises as `float_rows`."""
         ref, fmt = self._weights[name], self._plan.formats[name]
-        if name in self._plan.carried and ref.packing is not None:
-            return prequantised.carried_rows(self._reader, ref, fmt, start, stop)
         if name in self._plan.carried:
-            own = repack.carried_rows(self._reader, ref, fmt, start, stop)
-            return self._smoothing.codes(name, start, own, fmt)
+            carry = repack.carried_rows if ref.packing is None else prequantised.carried_rows
+            return self._smoothing.codes(name, start, carry(self._reader, ref, fmt, start, stop), fmt)
         if self._codes is not None and name in self._codes:
             return self._codes.rows(name, start, stop)
         rows = self._smoothing.smoothed(name, start, self._reader.rows(ref, start, stop)).reshape(stop - start, -1)
