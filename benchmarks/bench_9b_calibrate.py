@@ -17,6 +17,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from bench_9b import PRESET
@@ -67,7 +68,7 @@ def _calibrated(checkpoint: Path, work: Path, method: str, layers: int | None) -
         return end()
 
     for end in ends:
-        usage = measure(command, environment, quiet=True, interval=INTERVAL, enough=lambda end=end: watched(end))  # type: ignore[misc]
+        usage = measure(command, environment, quiet=True, interval=INTERVAL, enough=partial(watched, end))
         seconds, peak = seconds + usage.seconds, max(peak, usage.peak)
         if usage.code not in (0, -9):
             print(f"the build ended with exit code {usage.code}")

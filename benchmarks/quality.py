@@ -233,7 +233,7 @@ def importance(job: Job, model: CanonicalModel, reader: WeightReader) -> dict[st
 
     graph = StreamedGraph(model, tapped=True, slots=calibration.LENGTH)
     own = replace(job, calibration=Calibration.of("search", None))
-    values = graph.begin([call.inputs() for call in choosing.calibration_calls(own, [], lambda _: _no_rows)])
+    values = graph.begin([call.inputs() for call in choosing.calibration_calls(own, [], reader)])
     sums: dict[str, list[Any]] = {}
 
     def tap(name: str, x: Array) -> None:
@@ -248,10 +248,6 @@ def importance(job: Job, model: CanonicalModel, reader: WeightReader) -> dict[st
         quality_peer.ggml_name(model.weights[name].name): (total / count).astype(np.float32)
         for name, (count, total) in sums.items()
     }
-
-
-def _no_rows(name: str, start: int, stop: int) -> Array:
-    raise AssertionError("a text has no encoder")
 
 
 def checkpoint_rows(reader: WeightReader, tensors: Mapping[str, TensorRef]) -> Rows:

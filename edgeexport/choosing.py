@@ -4,7 +4,7 @@ what they are fed. Between the canonical graph and the compiler; cached, narrate
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from edgeexport import backends, errors, quant
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
-from edgeexport.core import Array, CanonicalModel, Example
+from edgeexport.core import Array, Example
 from edgeexport.job import Job, code_digest, tool_versions
 from edgeexport.quant import budget
 from edgeexport.quant.budget import Budget, Choice
@@ -30,7 +30,7 @@ from edgeexport.session.image_file import read_image
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.runner import Call
 from edgeexport.session.tokenizer import Tokenizer
-from edgeexport.steps import DECODER, Built, plan_weights, shown
+from edgeexport.steps import DECODER, Built, decoder_of, plan_weights, shown
 from edgeexport.units import format_bytes
 
 if TYPE_CHECKING:
@@ -83,11 +83,10 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
     from edgeexport import calibrate as calibration
     from edgeexport import sensitivity
 
-    decoder = next(part for part in parts if part.name == DECODER)
+    decoder = decoder_of(parts)
     model, traits = decoder.models[0], backends.load(job.target.backend).TRAITS
     task = sensitivity.Task(model, decoder.plan.classes, traits)
-    asked = Calibration.of("search", None)
-    texts = job.calibration if job.calibration.sources else asked
+    texts = job.calibration if job.calibration.sources else Calibration.of("search", None)
     takes = asdict(replace(traits, package=None))
     named = key("sensitivity", model.digest, job.weights_digest, takes, texts.digest, tool_versions(), code_digest())
 
@@ -127,13 +126,9 @@ def _everywhere(unit: budget.Unit, parts: Sequence[Built]) -> budget.Unit:
 
 def short_calls(job: Job, parts: Sequence[Built], reader: WeightReader, units: int) -> list[Mapping[str, Array]]:
     """A few short sequences of different kinds, fewer for a model so large that they would take long."""
-    from edgeexport import calibrate as calibration
-
-    weights = sum(math.prod(shape) for shape in next(part for part in parts if part.name == DECODER).shapes().values())
+    weights = sum(math.prod(shape) for shape in decoder_of(parts).shapes().values())
     count = max(2, min(6, int(SHORT_WORK / (units * weights * SHORT_TOKENS))))
-    calls = calibration_calls(
-        job, parts, lambda model: calibration.rows_of(model, reader.rows), tokens=1, length=SHORT_TOKENS, shows=False
-    )
+    calls = calibration_calls(job, parts, reader, tokens=1, length=SHORT_TOKENS, shows=False)
     step = len(calls) / min(count, len(calls))
     return [calls[int(at * step)].inputs() for at in range(min(count, len(calls)))]
 
@@ -144,7 +139,7 @@ def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache,
     from edgeexport import calibrate as calibration
     from edgeexport import smooth as smoothing
 
-    method, decoder = job.calibration.method, next(part for part in parts if part.name == DECODER)
+    method, decoder = job.calibration.method, decoder_of(parts)
     model = decoder.models[0]
     rounds = backends.load(job.target.backend).TRAITS.token_scales and not job.target.options.get("gpu", False)
     if method == "none" or not rounds or not smoothing.sites(model, decoder.plan):
@@ -153,13 +148,10 @@ def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache,
     chosen = method, job.calibration.digest
     named = key("smoothing", model.digest, job.weights_digest, stored, chosen, tool_versions(), code_digest())
 
-    def rows(model: CanonicalModel) -> Rows:
-        return calibration.rows_of(model, reader.rows)
-
     def fill(folder: Path) -> None:
         with console.progress(f"Smoothing {job.checkpoint.name}", unit="steps") as progress:
-            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
-            found = smoothing.run(model, decoder.plan, calls, rows(model), progress)
+            calls = [call.inputs() for call in calibration_calls(job, parts, reader)]
+            found = smoothing.run(model, decoder.plan, calls, calibration.rows_of(model, reader.rows), progress)
         (folder / SMOOTHING).write_bytes(found.to_json())
 
     with console.step(f"Smoothing {job.checkpoint.name}"):
@@ -173,7 +165,7 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     from edgeexport import calibrate as calibration
 
     method = job.calibration.method
-    decoder = next(part for part in parts if part.name == DECODER)
+    decoder = decoder_of(parts)
     model = decoder.models[0]
     names = calibration.wanted(model, decoder.plan)
     if method == "none" or not names:
@@ -182,14 +174,11 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     chosen = method, job.calibration.digest, job.calibration.device, decoder.smoothing.digest
     named = key("codes", model.digest, job.weights_digest, formats, chosen, tool_versions(), code_digest())
 
-    def rows(model: CanonicalModel) -> Rows:
-        return calibration.rows_of(model, reader.rows)
-
     def fill(folder: Path) -> None:
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
         with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
-            calls = [call.inputs() for call in calibration_calls(job, parts, rows)]
-            smoothed = _smoothed(rows(model), decoder.smoothing)
+            calls = [call.inputs() for call in calibration_calls(job, parts, reader)]
+            smoothed = _smoothed(calibration.rows_of(model, reader.rows), decoder.smoothing)
             calibration.run(task, calls, smoothed, work, progress).move(folder)
 
     # two builds of one model calibrate it once: the second waits, and finds the codes filed
@@ -205,13 +194,14 @@ def _smoothed(rows: Rows, smoothing: Smoothing) -> Rows:
 
 
 def calibration_calls(
-    job: Job, parts: Sequence[Built], rows: Callable[[CanonicalModel], Rows], *, tokens: int = TOKENS,
-    length: int = LENGTH, shows: bool = True,
+    job: Job, parts: Sequence[Built], reader: WeightReader, *, tokens: int = TOKENS, length: int = LENGTH,
+    shows: bool = True,
 ) -> list[Call]:  # fmt: skip
     """What a decoder is fed while it is calibrated: about `tokens` of the calibration's texts in sequences of `length`
     at most and, where the model sees or hears and this `shows` it any, the conversations with pictures and sounds and
     the ladder's own, through the model's own encoders. Raises: UsageError `calibration-unusable`, and what is wrong
     with a picture or a sound."""
+    from edgeexport.calibrate import rows_of
     from edgeexport.canonical.streaming import StreamedGraph
     from edgeexport.quant import calibration
 
@@ -241,7 +231,7 @@ def calibration_calls(
         part = next(part for part in parts if part.name == component)
         model = next(each for each in part.models if each.variant == variant)
         graph = graphs.setdefault((component, variant), StreamedGraph(model))
-        return graph.run([inputs], rows(model)).outputs[0]
+        return graph.run([inputs], rows_of(model, reader.rows)).outputs[0]
 
     calls = []
     inputs = Inputs(job.contract, run)

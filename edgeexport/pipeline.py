@@ -93,7 +93,7 @@ def build(
     given = find_samples(samples) if samples is not None else None
     calibration = choosing.calibration(plan, calibrate, calibrate_method, device)
     family = families.find(checkpoint.model_type)
-    limits, choice = Budget(**plan["budget"]), asked.choice()
+    limits, choice = Budget(**plan["budget"]), asked.choice
     job = Job(
         checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration, limits, choice
     )  # fmt: skip

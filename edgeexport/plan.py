@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,8 +66,10 @@ class Asked:
     max_kl: float | None = None
     for_device: str | None = None
 
+    @cached_property
     def choice(self) -> Choice | None:
-        """The plan that was given, if one was. Raises: UsageError `plan-unusable`, `budget-without-auto`."""
+        """The plan that was given, if one was; its file is read once. Raises: UsageError `plan-unusable`,
+        `budget-without-auto`."""
         limits = {"--max-size": self.max_size, "--max-kl": self.max_kl, "--for-device": self.for_device}
         given = next((option for option, value in limits.items() if value is not None), None)
         if given is not None and self.quant != AUTO.name:
@@ -110,7 +113,7 @@ def plan(model: str, target: str, asked: Asked | str | None = None, context: int
     aim = problems.attempt(lambda: targets.load(target))
     family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
     asked = asked if isinstance(asked, Asked) else Asked(asked)
-    choice = problems.attempt(asked.choice)
+    choice = problems.attempt(lambda: asked.choice)
     name = asked.scheme(aim) if aim else asked.quant
     own = backends.load(aim.backend).TRAITS.schemes if aim else schemes.OWN_SCHEMES
     scheme = problems.attempt(lambda: schemes.find(name, own)) if name else None

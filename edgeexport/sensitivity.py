@@ -215,13 +215,11 @@ class _Run:
         for name in names:
             formats = {fmt.name: fmt for (_, own), fmt in self.task.options(name).items() if not own}
             formats["probe"] = self._probe(name)
-            seen: dict[Format, float] = {}
+            cuts = self._cuts(name, SAMPLED)
+            share = sum(stop - start for start, stop in cuts) / self.task.model.weights[name].shape[0]
+            parts = _over(pool, cuts, partial(self._errors_in, name, tuple(dict.fromkeys(formats.values())), strength))
             for key, fmt in formats.items():
-                if fmt not in seen:
-                    cuts = self._cuts(name, SAMPLED)
-                    share = sum(stop - start for start, stop in cuts) / self.task.model.weights[name].shape[0]
-                    seen[fmt] = sum(_over(pool, cuts, partial(self._error, name, fmt, strength))) / share
-                found[key] = found.get(key, 0.0) + seen[fmt]
+                found[key] = found.get(key, 0.0) + sum(part[fmt] for part in parts) / share
         return found
 
     def _cuts(self, name: str, elements: int, start: int = 0, stop: int | None = None) -> list[tuple[int, int]]:
@@ -238,20 +236,19 @@ class _Run:
 
     def _stored(self, name: str, fmt: Format, strength: torch.Tensor | None, start: int, stop: int) -> Array:
         """Rows as they would be stored, float32."""
-        import torch
+        return _rounded_to(fmt, floats(self.rows, name, start, stop, fmt, "cpu"), strength, name, start)
 
-        weight = floats(self.rows, name, start, stop, fmt, "cpu")
-        if not search.takes(fmt):
-            return dequantize_codes(encode_rows(weight.numpy(), fmt, name=name, first_row=start), fmt)
-        counted = strength if strength is not None else torch.ones(weight.shape[1])
-        grid = search.search(weight, counted, fmt)
-        return np.asarray(search.meaning(search.nearest(weight, grid), grid).numpy())
-
-    def _error(self, name: str, fmt: Format, strength: torch.Tensor | None, start: int, stop: int) -> float:
-        """The error of some rows' products."""
-        held = self._stored(name, fmt, strength, start, stop)
-        lost = np.square(held - self.rows(name, start, stop), dtype=np.float64).sum(0)
-        return float(lost @ strength.numpy().astype(np.float64) if strength is not None else lost.sum())
+    def _errors_in(
+        self, name: str, formats: Sequence[Format], strength: torch.Tensor | None, start: int, stop: int
+    ) -> dict[Format, float]:
+        """The error of some rows' products in each format; the rows are read once."""
+        weight = floats(self.rows, name, start, stop, formats[0], "cpu")
+        found = {}
+        for fmt in formats:
+            held = _rounded_to(fmt, weight, strength, name, start)
+            lost = np.square(held - weight.numpy(), dtype=np.float64).sum(0)
+            found[fmt] = float(lost @ strength.numpy().astype(np.float64) if strength is not None else lost.sum())
+        return found
 
     def _options(self, index: int) -> list[Option]:
         """What may be chosen for a unit. A KL is rounded to three digits, so that what rounding makes of it on another
@@ -265,6 +262,16 @@ class _Run:
             cost = 0.0 if carried or not errors["probe"] else kl * errors[key] / errors["probe"]
             found.append(Option(dict.fromkeys(names, key), size, float(f"{cost:.3g}"), carried))
         return found
+
+
+def _rounded_to(fmt: Format, weight: torch.Tensor, strength: torch.Tensor | None, name: str, first_row: int) -> Array:
+    """float32 rows as they would be stored: by the search where it takes the format, else rounded."""
+    import torch
+
+    if not search.takes(fmt):
+        return dequantize_codes(encode_rows(weight.numpy(), fmt, name=name, first_row=first_row), fmt)
+    grid = search.search(weight, strength if strength is not None else torch.ones(weight.shape[1]), fmt)
+    return np.asarray(search.meaning(search.nearest(weight, grid), grid).numpy())
 
 
 def _readers(model: CanonicalModel, unit_of: Mapping[str, int]) -> tuple[dict[str, list[int]], dict[str, list[int]]]:

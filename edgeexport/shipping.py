@@ -24,7 +24,7 @@ from edgeexport.quant import budget
 from edgeexport.quant.smoothing import FILE as SMOOTHING
 from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.session import preprocess
-from edgeexport.steps import DECODER, Built
+from edgeexport.steps import DECODER, Built, decoder_of
 
 if TYPE_CHECKING:
     from edgeexport.parity.examples import Shown
@@ -140,7 +140,7 @@ def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None
     write = backends.load(job.target.backend).TRAITS.package
     if write is None:
         return
-    folder, artifact = next(part.files for part in parts if part.name == DECODER)
+    folder, artifact = decoder_of(parts).files
     with TemporaryDirectory() as temporary:
         made = write(
             job.target, artifact, folder, job.tokenizer_files, job.special_tokens.stop_ids, job.context, Path(temporary)
@@ -151,7 +151,7 @@ def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None
 
 def _calibration(job: Job, parts: Sequence[Built]) -> manifests.Calibration | None:
     """How the decoder's integers were chosen; None where it has none of 4 bits."""
-    decoder = next(part for part in parts if part.name == DECODER)
+    decoder = decoder_of(parts)
     if not any(fmt.integer and fmt.bits == 4 for fmt in decoder.plan.formats.values()):
         return None
     if decoder.codes is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeexport.calibrate import tokens_of
 from edgeexport.canonical.dialect import Linear, linear, linears, stored
 from edgeexport.core import Array, CanonicalModel, Progress, QuantPlan
 from edgeexport.quant.smoothing import Fold, Smoothing, choose, readers_of
@@ -103,13 +104,13 @@ def run(
     from edgeexport.canonical.streaming import StreamedGraph
 
     found = sites(model, plan)
-    sizes = [_tokens_of(call) for call in calls]
+    sizes = list(map(tokens_of, calls))
     fed = calls[:: max(1, sum(sizes) // TOKENS)]
     by_reader = {site.consumers[0]: site for site in found}
     graph = StreamedGraph(model, tapped=True, slots=max(sizes))
     values = graph.begin(fed)
     gathered: dict[str, list[Array]] = {}
-    every = max(1, sum(map(_tokens_of, fed)) // KEPT)
+    every = max(1, sum(map(tokens_of, fed)) // KEPT)
 
     def tap(name: str, x: Array) -> None:
         if name in by_reader:  # the first token of a text is one of its kind, and each text has it
@@ -126,11 +127,6 @@ def run(
                 chosen[name] = Fold(site.producer, site.consumers, exponents)
         progress(done + 1, len(model.stages) - 1)
     return Smoothing(list(chosen.values()))
-
-
-def _tokens_of(call: Mapping[str, Array]) -> int:
-    """Tokens of one call: [1,T] ids, [1,T,hidden] embeddings."""
-    return next(int(array.shape[1]) for name, array in call.items() if name in ("input_ids", "inputs_embeds"))
 
 
 def _some(model: CanonicalModel, rows: Rows, name: str) -> Array:

@@ -135,6 +135,11 @@ class Built:
         return {name: ref.shape for name, ref in self.models[0].weights.items()}
 
 
+def decoder_of(parts: Sequence[Built]) -> Built:
+    """The component that every model has."""
+    return next(part for part in parts if part.name == DECODER)
+
+
 def trace(job: Job, cache: Cache, console: Console) -> list[Built]:
     """Every component's canonical graphs, traced or from the cache. The weights are hashed meanwhile on the other
     core."""

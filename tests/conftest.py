@@ -40,6 +40,17 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     return Zoo(tmp_path_factory.mktemp("zoo"))
 
 
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama with a tokenizer."""
+    from factories import with_tokenizer
+    from graphs import write_checkpoint
+
+    from edgeexport import families
+
+    return with_tokenizer(write_checkpoint(tmp_path_factory.mktemp("tiny") / "llama", families.find("llama").tiny))
+
+
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory: pytest.TempPathFactory) -> Parts:
     """The native loader's parts that need no engine."""

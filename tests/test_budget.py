@@ -10,8 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from factories import with_tokenizer
-from graphs import write_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,12 +26,6 @@ from edgeexport.quant.plan import is_value
 
 CONTEXT = 96
 EVERY = Traits(shifts=("int8", "zero"), int8_blocks=True)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "llama"
-    return with_tokenizer(write_checkpoint(folder, families.find("llama").tiny))
 
 
 @pytest.fixture(scope="module")

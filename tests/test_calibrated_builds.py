@@ -13,8 +13,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from factories import with_tokenizer
-from graphs import write_checkpoint
 
 from edgeexport import build, calibrate, errors, families, open_bundle, quant
 from edgeexport.bundle.cache import KEPT_SECONDS, Cache, owned
@@ -27,12 +25,6 @@ from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.source import PlannedWeights
 
 CONTEXT = 96
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "llama"
-    return with_tokenizer(write_checkpoint(folder, families.find("llama").tiny))
 
 
 @pytest.fixture(scope="module")

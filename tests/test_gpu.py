@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import with_tokenizer
 from graphs import TOKENS, oracle, reference_logits, write_checkpoint
 
 from edgeexport import build, cli_gpu, families
@@ -18,12 +17,6 @@ from edgeexport.cli import execute
 from edgeexport.core import Array
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gpu") / "llama"
-    return with_tokenizer(write_checkpoint(folder, families.find("llama").tiny))
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "borders": BASE | {"canonical.streaming", "quant.codes"},
     "calibrate": BASE | {"borders", "canonical", "quant"},
     "sensitivity": BASE | {"borders", "calibrate", "canonical", "quant"},
-    "smooth": BASE | {"canonical", "quant"},
+    "smooth": BASE | {"calibrate", "canonical", "quant"},
     "doctor": BASE | {"paths"},
     "bench": BASE | {"bundle", "session", "console", "units"},
 }

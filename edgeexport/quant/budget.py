@@ -9,10 +9,10 @@ A choice is a document, quant-plan.json: it lies in the bundle, and given back w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta, Struct
@@ -87,7 +87,6 @@ def choose(units: Sequence[Unit], fixed: int, budget: Budget) -> Choice:
     hulls = [_hull(unit.options) for unit in units]
     taken = [0] * len(units)
     size = fixed + sum(hull[0].bytes for hull in hulls)
-    least = size
     kl = sum(hull[0].kl for hull in hulls)
     if budget.size is not None and size > budget.size:
         raise errors.budget_too_small(f"{budget.size} bytes", f"the smallest formats need {size} bytes")
@@ -111,7 +110,6 @@ def choose(units: Sequence[Unit], fixed: int, budget: Budget) -> Choice:
         for option in (hull[at],)
         for name, fmt in option.formats.items()
     }
-    assert size >= least, "steps add"
     return Choice(SCHEMA, size, float(f"{max(kl, 0.0):.3g}"), budget.kl, dict(sorted(tensors.items())))
 
 
@@ -170,8 +168,3 @@ def summary(choice: Choice) -> dict[str, int]:
         name = f"{each.format} carried" if each.carried else each.format
         found[name] = found.get(name, 0) + 1
     return dict(sorted(found.items(), key=lambda item: -item[1]))
-
-
-def formats_of(choice: Choice, classes: Mapping[str, Any]) -> dict[str, Chosen]:
-    """The choice's tensors among these."""
-    return {name: each for name, each in choice.tensors.items() if name in classes}
