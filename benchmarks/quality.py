@@ -28,10 +28,11 @@ from edgeexport.canonical.dialect import classes
 from edgeexport.canonical.streaming import Rows, StreamedGraph
 from edgeexport.checkpoint import WeightReader, open_checkpoint
 from edgeexport.console import Console
-from edgeexport.core import Array, CanonicalModel, Example, Format, QuantPlan, TensorRef, Traits, no_progress
+from edgeexport.core import Array, CanonicalModel, Example, Format, QuantPlan, TensorRef, Traits
 from edgeexport.job import Job
 from edgeexport.parity import examples
-from edgeexport.parity.answers import Compared, compare
+from edgeexport.parity.answers import Compared, Judge, compare
+from edgeexport.parity.compare import margins
 from edgeexport.parity.reference import Reference
 from edgeexport.quant import FORMATS, Scheme, budget, calibration
 from edgeexport.quant.budget import Budget
@@ -43,6 +44,8 @@ from edgeexport.session.tokenizer import Tokenizer
 MODEL = "smollm2-135m"
 NOISE, SEED = 0.02, 7
 LENGTH, COUNT = 256, 8
+NEAR = 1.0
+"""Two logits that differ by less are near to each other."""
 HERE = Path(__file__).parent
 B32 = FORMATS["int4-b32"]
 SYMMETRIC, POSITIVE, ZERO_POINTS = Traits(), Traits(positive_scales=True), Traits(shifts=("zero",))
@@ -142,6 +145,7 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
         weights, tensors = part.models[0].weights, checkpoint.tensors
         original = checkpoint_rows(reader, tensors)
         reference = logits(job, original, passages)
+        questions = Questions(job, original)
         first = figures(reference, reference, passages, 0.0, None)
         yield {
             "case": "original",
@@ -163,11 +167,11 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
             done = choosing.calibrate(own, [replace(part, plan=plan)], reader, Cache(), console)[0]
             source = PlannedWeights(reader, weights, plan, codes=done.codes)
             by_ref = {ref.name: name for name, ref in weights.items()}
-            row = judged(job, stored(source, by_ref, tensors), original, reference, passages, case, started)
+            row = judged(job, stored(source, by_ref, tensors), questions, reference, passages, case, started)
             yield {"case": case.name, "bits": bits(plan, weights), **row}
         if peer is not None:
             yield from peers(job, part.models[0], reader, peer, lambda rows, started: judged(
-                job, rows, original, reference, passages, None, started
+                job, rows, questions, reference, passages, None, started
             ))  # fmt: skip
 
 
@@ -182,24 +186,22 @@ def chosen_plan(
         weights = {name: replace(ref, encoding="F32") for name, ref in model.weights.items()}
         model = replace(model, weights=weights)
     task = sensitivity.Task(model, kinds, case.traits)
-    texts = replace(job, calibration=Calibration.of("search", None))
-    rows = calibrate.rows_of(part.models[0], reader.rows)
+    own = replace(job, calibration=Calibration.of(case.method, None))
     with TemporaryDirectory() as folder:
-        calls = choosing.short_calls(texts, [part], reader, len(sensitivity.units(task)))
-        units = sensitivity.measure(task, calls, rows, Path(folder), no_progress)
+        units = choosing.priced(own, [replace(part, models=(model,))], task, reader, Path(folder), Console(quiet=True))
     choice = budget.choose(units, 0, Budget(size=int(case.bits * elements(matrices) / 8)))
     print(f"    expected KL {choice.expected_kl}: {budget.summary(choice)}", flush=True)
     return quant.plan(part.shapes(), kinds, "auto", case.traits, encodings, choice.tensors)
 
 
 def judged(
-    job: Job, rows: Rows, original: Rows, reference: Sequence[Array], passages: Sequence[Example], case: Case | None,
-    started: float,
+    job: Job, rows: Rows, questions: Questions, reference: Sequence[Array], passages: Sequence[Example],
+    case: Case | None, started: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What these weights make of the text and of the questions."""
     seconds = time.perf_counter() - started
     row = figures(reference, logits(job, rows, passages), passages, seconds, case)
-    whole, near, texts = agreeing(job, rows, original)
+    whole, near, texts = questions.agreeing(rows)
     return {**row, "answers": whole, "near_tie": near, "differing": texts}
 
 
@@ -269,40 +271,56 @@ def logits(job: Job, rows: Rows, passages: Sequence[Example]) -> list[Array]:
     return [answer.logits for answer in answers]
 
 
-def agreeing(job: Job, mine: Rows, original: Rows) -> tuple[int, int, list[str]]:
-    """Of the ladder's questions: answers of 16 tokens that are the original's to the end, those that part near a tie,
-    and what the others say."""
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
-    vocab = job.family.geometry(job.checkpoint.config).vocab
-    asked = examples.questions(job.tokenizer_files["tokenizer.json"], job.chat_template, vocab, 2048)
-    stop = frozenset(job.special_tokens.stop_ids)
+class Questions:
+    """The ladder's questions, and the original's answers of 16 tokens to them."""
 
-    def judge(rows: Rows) -> Any:
-        reference = Reference(job.family.oracle(job.checkpoint.config), rows)
-        return lambda shown, firsts: [answer.logits for answer in reference.answers(shown, firsts)]
+    def __init__(self, job: Job, original: Rows) -> None:
+        files = job.tokenizer_files["tokenizer.json"]
+        self._job, self._tokenizer = job, Tokenizer(files)
+        vocab = job.family.geometry(job.checkpoint.config).vocab
+        asked = examples.questions(files, job.chat_template, vocab, 2048)
+        self._names, self._prompts = list(asked), list(asked.values())
+        self._stop = frozenset(job.special_tokens.stop_ids)
+        self._answers = [[0] * steps.ANSWER_TOKENS for _ in self._names]
+        self._answers = [_padded(each.original) for each in self._greedy(original)]
+        self._margins = [margins(rows) for rows in self._along(self._judge(original))]
 
-    prompts = list(asked.values())
-    guesses = [[0] * steps.ANSWER_TOKENS for _ in prompts]
-    firsts = [len(prompt.tokens) - 1 for prompt in prompts]
+    def agreeing(self, rows: Rows) -> tuple[int, int, list[str]]:
+        """Answers that are the original's to the end, those that part where the original's two best tokens are near to
+        each other, and what those that part say."""
+        whole, near, texts = 0, 0, []
+        decode = self._tokenizer.decode
+        for k, each in enumerate(self._greedy(rows)):
+            # the guess, "the artifact's", is the original's answer
+            whole += each.whole
+            near += not each.whole and bool(self._margins[k][each.agree] < NEAR)
+            if not each.whole:
+                texts.append(f"{each.name!r}: {decode(each.original)!r} for {decode(each.artifact)!r}")
+        return whole, near, texts
 
-    def along(rows: Rows, answers: Sequence[Sequence[int]]) -> list[Array]:
+    def _greedy(self, rows: Rows) -> list[Compared]:
+        """The answers that a model of these weights gives, found by guessing the original's."""
+        judge = self._judge(rows)
+        passes = steps.ANSWER_TOKENS
+        return compare(
+            self._names, self._prompts, self._answers, self._along(judge), judge, self._stop, NEAR, passes
+        )  # fmt: skip
+
+    def _along(self, judge: Judge) -> list[Array]:
+        """Logits along the guesses."""
         whole = [
             Example(np.concatenate([prompt.tokens, np.array(answer[:-1], np.int64)]))
-            for prompt, answer in zip(prompts, answers, strict=True)
+            for prompt, answer in zip(self._prompts, self._answers, strict=True)
         ]
-        return list(judge(rows)(whole, firsts))
+        return list(judge(whole, [len(prompt.tokens) - 1 for prompt in self._prompts]))
 
-    def compared(rows: Rows, answers: Sequence[Sequence[int]]) -> list[Compared]:
-        passes = steps.ANSWER_TOKENS
-        return compare(list(asked), prompts, answers, along(rows, answers), judge(rows), stop, 1.0, passes)
+    def _judge(self, rows: Rows) -> Judge:
+        reference = Reference(self._job.family.oracle(self._job.checkpoint.config), rows)
+        return lambda shown, firsts: [answer.logits for answer in reference.answers(shown, firsts)]
 
-    # the artifact's own answers are "the original's" of a comparison with a guess
-    own = [list(each.original) for each in compared(mine, guesses)]
-    padded = [answer + [0] * (steps.ANSWER_TOKENS - len(answer)) for answer in own]
-    found = compared(original, padded)
-    texts = [f"{each.name!r}: {tokenizer.decode(each.artifact)!r} for {tokenizer.decode(each.original)!r}"
-             for each in found if not each.whole]  # fmt: skip
-    return sum(each.whole for each in found), sum(each.near_tie for each in found), texts
+
+def _padded(answer: Sequence[int]) -> list[int]:
+    return [*answer, *[0] * (steps.ANSWER_TOKENS - len(answer))]
 
 
 def figures(

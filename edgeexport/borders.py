@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import CanonicalModel
+from edgeexport.core import Array, CanonicalModel
 from edgeexport.quant.codes import write_whole
 
 if TYPE_CHECKING:
@@ -41,15 +41,22 @@ class Borders:
             shutil.rmtree(self.folder / WORK, ignore_errors=True)
             return {"done": 0}
 
-    def finish(self, done: int, **state: Any) -> None:
-        """File that so many stages are done, and remove the border before. Raises: UsageError `output-not-writable`."""
-        write_whole(self.folder, STATE, json.dumps({**state, "done": done}))
+    def finish(self, done: int, /, **state: Any) -> dict[str, Any]:
+        """File that so many stages are done, and remove the border before; returns what `resume` would. Raises:
+        UsageError `output-not-writable`."""
+        state["done"] = done
+        write_whole(self.folder, STATE, json.dumps(state))
         shutil.rmtree(self.folder / WORK / str(done - 1), ignore_errors=True)
+        return state
 
     def clear(self) -> None:
         """Remove what a walk that is over needs no more."""
         shutil.rmtree(self.folder / WORK, ignore_errors=True)
         (self.folder / STATE).unlink(missing_ok=True)
+
+    def values(self, call: Mapping[str, Array]) -> Values:
+        """A call's inputs as the values that cross the border before the first stage."""
+        return {self._by_name[name]: array for name, array in call.items()}
 
     def save(self, index: int, number: int, values: Sequence[Values]) -> None:
         """The border before stage `index`, of one group of calls. Raises: UsageError `output-not-writable`."""

@@ -8,10 +8,10 @@ are those of the original model, not of its quantised beginning, so that layers 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ import numpy as np
 from edgeexport import errors
 from edgeexport.borders import Borders
 from edgeexport.canonical.dialect import linears
-from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, QuantPlan, TensorRef
+from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, Provenance, QuantPlan, TensorRef
+from edgeexport.memory import give_back
 from edgeexport.quant import codes, search
 from edgeexport.quant.calibration import GROUP, Method
 from edgeexport.quant.codes import CodeStore, Entry
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from edgeexport.canonical.streaming import Rows, StreamedGraph, Values
     from edgeexport.quant.gptq import Factor
 
-ROWS = 1 << 22
-"""Elements of a weight that a thread works on at once."""
+ROWS = {"search": 1 << 20, "gptq": 1 << 22}
+"""Elements of a weight that a thread works on at once: GPTQ's steps, one for each column, want many rows."""
 
 THREADS = 2
 """Rows do not depend on each other: each thread chooses those of its own, alone, so that none waits for another at
@@ -41,6 +42,9 @@ every step."""
 
 TOGETHER = 256
 """Rows whose products are added up at once."""
+
+
+Calls = Callable[[], Sequence[Mapping[str, Array]]]
 
 
 @dataclass(frozen=True)
@@ -60,20 +64,22 @@ def wanted(model: CanonicalModel, plan: QuantPlan) -> frozenset[str]:
     multiplied = {str(item.weight.name) for item in linears(model.graph.graph)}
     looked_up = {name for name, kind in plan.classes.items() if kind == "embedding"}
     return frozenset(
-        name for name in multiplied | looked_up if search.takes(plan.formats[name]) and name not in plan.carried
+        name
+        for name in multiplied | looked_up
+        if name in plan.formats and search.takes(plan.formats[name]) and name not in plan.carried
     )
 
 
 def run(
     task: Task,
-    calls: Sequence[Mapping[str, Array]],
+    calls: Calls,
     rows: Rows,
     folder: Path,
     progress: Progress,
 ) -> CodeStore:
     """Codes of the task's weights in `folder`, which may hold what a killed run left there and is nobody else's
-    (`Cache.workplace`). `calls` are the decoder's, each a sequence of its own from position 0; `rows` give the
-    checkpoint's weights by the graph's names.
+    (`Cache.workplace`). `calls` makes the decoder's calls, each a sequence of its own from position 0, and is asked
+    where nothing is done yet; `rows` give the checkpoint's weights by the graph's names.
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
@@ -83,22 +89,29 @@ def run(
 class _Run:
     """One calibration on its way through the stages."""
 
-    def __init__(
-        self, task: Task, calls: Sequence[Mapping[str, Array]], rows: Rows, folder: Path, progress: Progress
-    ) -> None:
+    def __init__(self, task: Task, calls: Calls, rows: Rows, folder: Path, progress: Progress) -> None:
         from edgeexport.canonical.streaming import StreamedGraph
 
         self.task, self.rows, self.folder, self.progress = task, rows, folder, progress
-        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=max(map(tokens_of, calls)))
         self.borders = Borders(folder, task.model)
-        self.groups = _grouped(calls)
+        self.state = self.borders.resume()
+        if "groups" not in self.state:
+            self.state = self._begun(_grouped(calls()))
+        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=self.state["slots"])
         self.entries: dict[str, Entry] = {}
         self.stages = task.model.stages
         self.read_by = _readers(task.model, self.stages, task.names)
 
+    def _begun(self, groups: Sequence[Sequence[Mapping[str, Array]]]) -> dict[str, Any]:
+        """Leave the calls on disk, before the first stage: they are not needed in memory, nor made again."""
+        for number, calls in enumerate(groups):
+            self.borders.save(0, number, [self.borders.values(call) for call in calls])
+        slots = max(tokens_of(call) for calls in groups for call in calls)
+        return self.borders.finish(0, groups=len(groups), slots=slots)
+
     def run(self) -> CodeStore:
         """All stages that are not done yet."""
-        done = self.borders.resume()["done"]
+        done = self.state["done"]
         self.entries = codes.load_index(self.folder) if done else {}
         total = 1 + max((self.stages.index(stage) for stage in self.read_by), default=-1)
         for index in range(done, total):
@@ -108,7 +121,8 @@ class _Run:
                 names, inputs = gathered.popitem()
                 self._choose(names, inputs)
             codes.save_index(self.folder, self.entries)
-            self.borders.finish(index + 1)
+            self.state = self.borders.finish(index + 1, **self.state)
+            give_back()
             self.progress(index + 1, total)
         for name in sorted(self.task.names - self.entries.keys()):  # looked up, and never multiplied
             self._choose((name,), None)
@@ -130,8 +144,8 @@ class _Run:
                 gathered[names].add(x)
 
         last = index == len(self.stages) - 1
-        for number, calls in enumerate(self.groups):
-            values = self.graph.begin(calls) if index == 0 else self.borders.load(index, number)
+        for number in range(self.state["groups"]):
+            values = self.borders.load(index, number)
             self.graph.advance(stage, each_token(values) if last else values, self.rows, tap if asked else None)
             if not last:
                 self.borders.save(index + 1, number, values)
@@ -158,15 +172,22 @@ class _Run:
         factor = Factor(products) if products is not None else None
         for name in names:
             count, fmt = self.task.model.weights[name].shape[0], self.task.plan.formats[name]
-            step = max(1, min(ROWS // width, -(-count // THREADS)))
+            step = max(1, min(ROWS["search" if factor is None else "gptq"] // width, -(-count // THREADS)))
             cuts = [(start, min(count, start + step)) for start in range(0, count, step)]
+            lost = nearest = 0.0
+
+            def parts(found: Iterable[_Part]) -> Iterator[Codes]:
+                nonlocal lost, nearest
+                for part in found:
+                    lost, nearest = lost + part.lost, nearest + part.nearest
+                    yield part.codes
+
+            file = f"{len(self.entries):05}.codes"
+            how: Provenance = "gptq" if factor is not None else "searched"
             with workers() as pool:
-                parts = list(pool.map(partial(self._chosen, name, strength, factor), cuts))
-            lost, energy = (sum(part.lost for part in parts), sum(part.energy for part in parts))
-            self.entries[name] = codes.save(
-                self.folder, f"{len(self.entries):05}.codes", fmt, codes.joined([part.codes for part in parts]),
-                "gptq" if factor is not None else "searched", lost / energy if energy else 0.0,
-            )  # fmt: skip
+                found = pool.map(partial(self._chosen, name, strength, factor), cuts)
+                entry = codes.save(self.folder, file, fmt, parts(found), how)
+            self.entries[name] = replace(entry, share=lost / nearest if nearest else 1.0)
 
     def _chosen(self, name: str, strength: torch.Tensor, factor: Factor | None, cut: tuple[int, int]) -> _Part:
         """The integers of some rows."""
@@ -174,10 +195,11 @@ class _Run:
 
         weight = floats(self.rows, name, *cut, self.task.plan.formats[name], self.task.device)
         grid = search.search(weight, strength, self.task.plan.formats[name])
-        integers = gptq(weight, factor, grid) if factor is not None else search.nearest(weight, grid)
-        lost = (weight - search.meaning(integers, grid)).square().sum(0) * strength
-        energy = weight.square().sum(0) * strength
-        return _Part(search.to_codes(integers, grid), float(lost.sum()), float(energy.sum()))
+        integers = search.nearest(weight, grid)
+        lost = nearest = float((weight - search.meaning(integers, grid)).square().sum(0) @ strength)
+        if factor is not None:
+            integers, lost = gptq(weight, factor, grid)
+        return _Part(search.to_codes(integers, grid), lost, nearest)
 
 
 def floats(read: Rows, name: str, start: int, stop: int, fmt: Format, device: str) -> torch.Tensor:
@@ -197,11 +219,11 @@ def floats(read: Rows, name: str, start: int, stop: int, fmt: Format, device: st
 
 @dataclass(frozen=True)
 class _Part:
-    """Codes of some rows, the error that they make and what it is measured by."""
+    """Codes of some rows, the error that they make of products and the one that the nearest integers would make."""
 
     codes: Codes
     lost: float
-    energy: float
+    nearest: float
 
 
 @contextmanager

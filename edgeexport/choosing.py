@@ -16,10 +16,11 @@ from edgeexport import backends, errors, quant
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
-from edgeexport.core import Array, Example
+from edgeexport.core import Array, Example, QuantPlan
 from edgeexport.job import Job, code_digest, tool_versions
+from edgeexport.memory import give_back
 from edgeexport.quant import budget
-from edgeexport.quant.budget import Budget, Choice
+from edgeexport.quant.budget import PROBE, Budget, Choice
 from edgeexport.quant.calibration import LENGTH, METHODS, TOKENS, Calibration, Document, default_method
 from edgeexport.quant.codes import CodeStore, load_index
 from edgeexport.quant.schemes import AUTO
@@ -34,6 +35,7 @@ from edgeexport.steps import DECODER, Built, decoder_of, plan_weights, shown
 from edgeexport.units import format_bytes
 
 if TYPE_CHECKING:
+    from edgeexport import sensitivity
     from edgeexport.canonical.streaming import Rows
 
 SHORT_TOKENS = 64
@@ -80,7 +82,6 @@ def choose(
 
 def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> Choice:
     """The best choice within the budget; where none was given, within the bytes of the target's own scheme."""
-    from edgeexport import calibrate as calibration
     from edgeexport import sensitivity
 
     decoder = decoder_of(parts)
@@ -88,14 +89,12 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
     task = sensitivity.Task(model, decoder.plan.classes, traits)
     texts = job.calibration if job.calibration.sources else Calibration.of("search", None)
     takes = asdict(replace(traits, package=None))
-    named = key("sensitivity", model.digest, job.weights_digest, takes, texts.digest, tool_versions(), code_digest())
+    chosen = texts.method == "gptq", texts.digest
+    named = key("sensitivity", model.digest, job.weights_digest, takes, chosen, tool_versions(), code_digest())
 
     def fill(folder: Path) -> None:
-        with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
-            rows = calibration.rows_of(model, reader.rows)
-            calls = short_calls(replace(job, calibration=texts), parts, reader, len(sensitivity.units(task)))
-            found = sensitivity.measure(task, calls, rows, work, progress)
-            (folder / "units.json").write_bytes(msgspec.json.encode(found))
+        found = priced(replace(job, calibration=texts), parts, task, reader, work, console)
+        (folder / "units.json").write_bytes(msgspec.json.encode(found))
 
     title = f"Measuring what each matrix of {job.checkpoint.name} loses"
     with console.step(title), cache.workplace("sensitivity", named) as work:
@@ -110,6 +109,34 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
         preset = replace(job, scheme=job.target.quant)
         limits = Budget(sum(plan_weights(preset, part.models).ideal_bytes(part.shapes()) for part in parts))
     return budget.choose(units, sum(fmt.nbytes(shape) for fmt, shape in rest), limits)
+
+
+def priced(
+    job: Job, parts: Sequence[Built], task: sensitivity.Task, reader: WeightReader, work: Path, console: Console
+) -> list[budget.Unit]:
+    """What each unit of the decoder may be stored as, and costs: measured with the nearest integers and, where GPTQ is
+    to choose those of 4 bits, by the share of their error that it leaves. `work` is nobody else's."""
+    from edgeexport import calibrate as calibration
+    from edgeexport import sensitivity
+
+    model = task.model
+    rows = calibration.rows_of(model, reader.rows)
+    listed = sensitivity.units(task)
+    with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
+        units = sensitivity.measure(task, short_calls(job, parts, reader, len(listed)), rows, work / "kl", progress)
+    if job.calibration.method != "gptq":
+        return units
+    formats = {name: task.probe(name) for names in listed for name in names}
+    plan = QuantPlan(PROBE, task.classes, formats)
+    probe = calibration.Task(model, plan, "gptq", calibration.wanted(model, plan), job.calibration.device)
+    with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
+
+        def calls() -> list[Mapping[str, Array]]:
+            return [call.inputs() for call in calibration_calls(job, parts, reader)]
+
+        store = calibration.run(probe, calls, rows, work / "gptq", progress)
+    shares = {name: entry.share for name, entry in store.entries.items() if entry.share is not None}
+    return sensitivity.by_gptq(units, shares)
 
 
 def _everywhere(unit: budget.Unit, parts: Sequence[Built]) -> budget.Unit:
@@ -177,8 +204,11 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
     def fill(folder: Path) -> None:
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
         with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
-            calls = [call.inputs() for call in calibration_calls(job, parts, reader)]
             smoothed = _smoothed(calibration.rows_of(model, reader.rows), decoder.smoothing)
+
+            def calls() -> list[Mapping[str, Array]]:
+                return [call.inputs() for call in calibration_calls(job, parts, reader)]
+
             calibration.run(task, calls, smoothed, work, progress).move(folder)
 
     # two builds of one model calibrate it once: the second waits, and finds the codes filed
@@ -241,6 +271,7 @@ def calibration_calls(
     for each in examples:
         fed = inputs.feed(each.tokens, [inputs.encode(prepared) for prepared in each.encoder_inputs], 0)
         calls.append(Call(fed.embeds, 0, fed.rope))
+    give_back()
     return calls
 
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 
 from edgeexport.borders import Borders
@@ -58,6 +59,11 @@ class Task:
         ref = self.model.weights[name]
         return options(name, self.classes[name], ref.shape, self.traits, ref.encoding)
 
+    def probe(self, name: str) -> Format:
+        """The format that is measured through the whole model, as wide blocks as the matrix's rows take."""
+        fmt = resolve(FORMATS[PROBE], self.model.weights[name].shape[1])
+        return replace(fmt, positive=self.traits.positive_scales and fmt.integer)
+
 
 def units(task: Task) -> list[tuple[str, ...]]:
     """The matrices to choose formats for, those together that are stored alike: that multiply the same values and have
@@ -72,6 +78,19 @@ def units(task: Task) -> list[tuple[str, ...]]:
     listed = [tuple(names) for groups in readers.values() for names in groups.values()]
     known = {name for names in listed for name in names}
     return listed + [(name,) for name in task.classes if task.options(name) and name not in known]
+
+
+def by_gptq(units: Sequence[Unit], shares: Mapping[str, float]) -> list[Unit]:
+    """The units as they are where GPTQ chooses the integers of 4 bits, that leaves such a share of each matrix's
+    error."""
+
+    def cost(option: Option) -> Option:
+        known = [shares[name] for name in option.formats if name in shares]
+        if option.carried or not known or not all(search.takes(FORMATS[each]) for each in option.formats.values()):
+            return option
+        return msgspec.structs.replace(option, kl=float(f"{option.kl * sum(known) / len(known):.3g}"))
+
+    return [Unit(tuple(map(cost, unit.options))) for unit in units]
 
 
 def measure(
@@ -197,7 +216,7 @@ class _Run:
                 return self.rows(name, start, stop)
             with workers() as pool:
                 cuts = self._cuts(name, 0, start, stop)
-                return np.concatenate(_over(pool, cuts, partial(self._stored, name, self._probe(name), strength)))
+                return np.concatenate(_over(pool, cuts, partial(self._stored, name, self.task.probe(name), strength)))
 
         return rows
 
@@ -214,7 +233,7 @@ class _Run:
         found: dict[str, float] = {}
         for name in names:
             formats = {fmt.name: fmt for (_, own), fmt in self.task.options(name).items() if not own}
-            formats["probe"] = self._probe(name)
+            formats["probe"] = self.task.probe(name)
             cuts = self._cuts(name, SAMPLED)
             share = sum(stop - start for start, stop in cuts) / self.task.model.weights[name].shape[0]
             parts = _over(pool, cuts, partial(self._errors_in, name, tuple(dict.fromkeys(formats.values())), strength))
@@ -228,11 +247,6 @@ class _Run:
         stop, step = rows if stop is None else stop, max(1, ROWS // width)
         cuts = [(at, min(stop, at + step)) for at in range(start, stop, step)]
         return cuts[:: -(-(stop - start) * width // elements)] if elements else cuts
-
-    def _probe(self, name: str) -> Format:
-        """The format that is measured through the whole model, as wide blocks as the matrix's rows take."""
-        fmt = resolve(FORMATS[PROBE], self.task.model.weights[name].shape[1])
-        return replace(fmt, positive=self.task.traits.positive_scales and fmt.integer)
 
     def _stored(self, name: str, fmt: Format, strength: torch.Tensor | None, start: int, stop: int) -> Array:
         """Rows as they would be stored, float32."""

@@ -183,6 +183,18 @@ def test_what_a_matrix_loses_is_what_transformers_says(checkpoint: Path, model: 
     assert compared > 4
 
 
+def test_what_gptq_makes_up_for_costs_nothing() -> None:
+    def option(fmt: str, kl: float, carried: bool = False) -> Option:
+        return Option({"q": fmt, "k": fmt}, 10, kl, carried)
+
+    unit = Unit((option("int4-b32", 0.2), option("int4-b64-zp", 0.4), option("int8-channel", 0.01)))
+    other = Unit((option("int4-b32", 0.0, carried=True), option("int4-b32", 0.1)))
+    found = sensitivity.by_gptq([unit, other], {"q": 0.5, "k": 0.7})
+    assert [each.kl for each in found[0].options] == pytest.approx([0.12, 0.24, 0.01])
+    assert [each.kl for each in found[1].options] == pytest.approx([0.0, 0.06])
+    assert sensitivity.by_gptq([unit, other], {}) == [unit, other], "looked up, and never multiplied"
+
+
 def runs_error(unit: Unit, task: sensitivity.Task, names: Any, strength: Any, original: Any) -> float:
     """The error of the format with zero points over that of the format which is measured."""
     import torch

@@ -62,7 +62,7 @@ def run(model: CanonicalModel, plan: QuantPlan, method: Method, folder: Path, ki
 
     task = calibrate.Task(model, plan, method, calibrate.wanted(model, plan))
     with WeightReader() as reader, owned(folder):
-        return calibrate.run(task, calls(), calibrate.rows_of(model, reader.rows), folder, progress)
+        return calibrate.run(task, calls, calibrate.rows_of(model, reader.rows), folder, progress)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

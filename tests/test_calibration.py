@@ -46,7 +46,10 @@ def test_a_search_loses_less_than_rounding_and_gptq_less_than_a_search(fmt: Form
     grid = search(weight, products.diagonal().clone(), fmt)
     rounded = torch.from_numpy(dequantize_codes(encode_rows(weight.numpy(), fmt), fmt))
     searched = meaning(nearest(weight, grid), grid)
-    chosen = meaning(gptq(weight, Factor(products.clone()), grid), grid)
+    integers, error = gptq(weight, Factor(products.clone()), grid)
+    chosen = meaning(integers, grid)
+    damping = DAMPING * float(products.diagonal().mean() * (weight - chosen).square().sum())
+    assert error == pytest.approx(float((x @ (weight - chosen).T).square().sum(1).mean()) + damping, rel=1e-3)
     assert lost(weight, chosen, x) < 0.8 * lost(weight, searched, x) < 0.8 * lost(weight, rounded, x)
     if fmt.positive:
         assert float(grid.scales.min()) > 0
@@ -65,9 +68,9 @@ def test_rows_do_not_depend_on_each_other() -> None:
     x, weight, fmt = correlated(128), matrix(50, 128), FORMATS["int4-b32"]
     products = x.T @ x / len(x)
     factor, strength = Factor(products.clone()), products.diagonal()
-    whole = gptq(weight, factor, search(weight, strength, fmt))
+    whole, _ = gptq(weight, factor, search(weight, strength, fmt))
     part = weight[20:30]
-    torch.testing.assert_close(gptq(part, factor, search(part, strength, fmt)), whole[20:30], rtol=0, atol=0)
+    torch.testing.assert_close(gptq(part, factor, search(part, strength, fmt))[0], whole[20:30], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("width", [16, PANEL, PANEL + 32, 3 * PANEL])
@@ -85,7 +88,7 @@ def test_channels_that_are_fed_nothing_and_few_samples_are_no_problem() -> None:
     weight, fmt = matrix(32, 256), FORMATS["int4-b32"]
     products = x.T @ x / len(x)
     grid = search(weight, products.diagonal().clone(), fmt)
-    chosen = meaning(gptq(weight, Factor(products), grid), grid)
+    chosen = meaning(gptq(weight, Factor(products), grid)[0], grid)
     assert bool(torch.isfinite(chosen).all())
     assert lost(weight, chosen, x) < lost(weight, meaning(nearest(weight, grid), grid), x)
     zeros = search(torch.zeros(4, 64), torch.zeros(64), fmt)
@@ -100,10 +103,15 @@ def test_one_thread_and_two_choose_the_same() -> None:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             products = x.T @ x / len(x)
-            found.append(gptq(weight, Factor(products.clone()), search(weight, products.diagonal(), fmt)))
+            found.append(gptq(weight, Factor(products.clone()), search(weight, products.diagonal(), fmt))[0])
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+def _cut(codes: Codes, start: int, stop: int) -> Codes:
+    offsets = None if codes.offsets is None else codes.offsets[start:stop]
+    return Codes(codes.integers[start:stop], codes.scales[start:stop], offsets)
 
 
 @pytest.mark.parametrize("name", ["int4-b32", "int4-b32-zp", "int4-b32-o8", "int8-b32"])
@@ -115,7 +123,7 @@ def test_codes_come_back_from_disk(name: str, tmp_path: Path) -> None:
     if fmt.shift:
         offsets = rng.integers(-8, 8, (9, 3)).astype(np.int8 if fmt.shift == "zero" else np.float32)
     whole = Codes(integers, rng.standard_normal((9, 3)).astype(np.float16), offsets)
-    entry = codes.save(tmp_path, "w.codes", fmt, whole, "gptq", 0.25)
+    entry = codes.save(tmp_path, "w.codes", fmt, [_cut(whole, 0, 4), _cut(whole, 4, 9)], "gptq", 0.25)
     codes.save_index(tmp_path, {"w": entry})
     store = CodeStore(tmp_path, codes.load_index(tmp_path))
     assert store.entries == {"w": entry} and "w" in store and list(store) == ["w"]

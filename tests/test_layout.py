@@ -21,6 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "core": set(),
     "errors": {"core"},
     "units": set(),
+    "memory": set(),
     "paths": set(),
     "packing": BASE,
     "tokenizer_json": set(),
@@ -41,6 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "bundle": BASE | {"session", "backends", "paths"},
     "parity": BASE
     | {
+        "memory",
         "units",
         "bundle.golden",
         "canonical.dialect",
@@ -54,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "plan": BASE | {"backends", "checkpoint", "families", "quant", "targets"},
     "samples": BASE | {"session"},
     "borders": BASE | {"canonical.streaming", "quant.codes"},
-    "calibrate": BASE | {"borders", "canonical", "quant"},
+    "calibrate": BASE | {"borders", "canonical", "memory", "quant"},
     "sensitivity": BASE | {"borders", "calibrate", "canonical", "quant"},
     "smooth": BASE | {"calibrate", "canonical", "quant"},
     "doctor": BASE | {"paths"},

@@ -58,6 +58,14 @@ class _Segment:
     """What multiplications are given, and by which weights; those of them that are neither activations nor outputs
     follow the outputs."""
 
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return self.activations
+
+    @property
+    def makes(self) -> tuple[ir.Value, ...]:
+        return self.outputs
+
 
 @dataclass(frozen=True)
 class _Large:
@@ -68,6 +76,14 @@ class _Large:
     input: ir.Value
     output: ir.Value
 
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return (self.input,)
+
+    @property
+    def makes(self) -> tuple[ir.Value, ...]:
+        return (self.output,)
+
 
 @dataclass(frozen=True)
 class _Attend:
@@ -77,6 +93,18 @@ class _Attend:
     inputs: tuple[ir.Value, ...]
     scale: float
     output: ir.Value
+
+    @property
+    def reads(self) -> tuple[ir.Value, ...]:
+        return self.inputs
+
+    @property
+    def makes(self) -> tuple[ir.Value, ...]:
+        return (self.output,)
+
+
+_Part = _Segment | _Large | _Attend
+"""What is run at once: it reads some values of a call, and makes others."""
 
 
 class StreamedGraph:
@@ -94,14 +122,14 @@ class StreamedGraph:
         self._inputs = {str(value.name): value for value in self._graph.inputs}
         self._plan = {stage: self._cut(stage) for stage in model.stages}
         self._sessions: dict[bytes, ort.InferenceSession] = {}
-        order = {stage: i for i, stage in enumerate(model.stages)}
-        self._last_use: dict[ir.Value, int] = {}
-        """The stage after which a value is not needed any more."""
-        for node in self._graph:
-            for value in node.inputs:
-                if value is not None:
-                    at = order.get(node.metadata_props.get(STAGE, ""), -1)
-                    self._last_use[value] = max(at, self._last_use.get(value, -1))
+        last: dict[ir.Value, _Part] = {}
+        for part in (part for stage in model.stages for part in self._plan[stage]):
+            last.update(dict.fromkeys((*part.reads, *part.makes), part))
+        self._done_with: dict[int, list[ir.Value]] = {}
+        """The values that nothing needs once a part has run, by its id."""
+        for value, part in last.items():
+            if not (value.is_graph_output() or value.is_graph_input()):
+                self._done_with.setdefault(id(part), []).append(value)
 
     def run(self, calls: Sequence[Mapping[str, Array]], rows: Rows, progress: Progress = no_progress) -> Trail:
         """Make all calls, one after the other in each stage, before the next stage's weights are read.
@@ -126,22 +154,23 @@ class StreamedGraph:
         return [{self._inputs[name]: call[name] for name in call} for call in calls]
 
     def advance(self, stage: str, values: list[Values], rows: Rows, tap: Tap | None = None) -> list[ir.Value]:
-        """Take these calls through one stage, in place; values that no later stage reads are dropped. Returns the
-        hidden states among those that are left."""
+        """Take these calls through one stage, in place; a value that nothing later reads is dropped at once. Returns
+        the hidden states among those that are left."""
         for part in self._plan[stage]:
             if isinstance(part, _Large):
                 self._run_large(part, values, rows, tap)
             elif isinstance(part, _Attend):
-                _run_attend(part, values)
+                for known in values:
+                    _run_attend(part, known)
+                    self._drop(part, known)
             else:
                 self._run_segment(part, values, rows, tap)
-        crossing = [value for value in self._crossing(stage) if values and value in values[0]]
-        done = self._model.stages.index(stage)
-        for value in [value for value in (values[0] if values else ()) if self._last_use.get(value, -1) <= done]:
-            if not (value.is_graph_output() or value.is_graph_input()):
-                for known in values:
-                    del known[value]
-        return crossing
+        return [value for value in self._crossing(stage) if values and value in values[0]]
+
+    def _drop(self, part: _Part, known: Values) -> None:
+        """Forget what only this part still read of a call."""
+        for value in self._done_with.get(id(part), ()):
+            known.pop(value, None)
 
     def _run_segment(self, part: _Segment, values: list[Values], rows: Rows, tap: Tap | None) -> None:
         session = self._session(part.model)
@@ -172,6 +201,7 @@ class StreamedGraph:
                 if present in by_name:
                     cache[self._inputs[past]] = by_name[present]
             known.update({value: array for value, array in results.items() if value.name not in replaced.values()})
+            self._drop(part, known)
 
     def _empty(self, past: ir.Value) -> Array:
         """A cache [1,kv_heads,S,head_dim] that holds nothing."""
@@ -185,9 +215,9 @@ class StreamedGraph:
         if part.node.op_type == "Gather":
             for known in values:
                 ids = known[part.input]
-                known[part.output] = np.concatenate([rows(part.weight, int(i), int(i) + 1) for i in ids.reshape(-1)])[
-                    None
-                ]
+                looked_up = [rows(part.weight, int(i), int(i) + 1) for i in ids.reshape(-1)]
+                known[part.output] = np.concatenate(looked_up)[None]
+                self._drop(part, known)
             return
         if tap is not None:
             for known in values:
@@ -197,13 +227,16 @@ class StreamedGraph:
         step = max(1, LARGE_BYTES // (4 * width))
         session = self._session(_multiplication())
         x = np.concatenate([_matrix(known[part.input]) for known in values])  # each chunk is read once for all calls
-        product = np.empty((len(x), count), np.float32)
+        products = [np.empty((*known[part.input].shape[:-1], count), np.float32) for known in values]
+        for known, product in zip(values, products, strict=True):  # each call's own, which goes when it is done
+            known[part.output] = product
+            self._drop(part, known)
+        ends = np.cumsum([len(_matrix(product)) for product in products])[:-1]
         for start in range(0, count, step):
             chunk = rows(part.weight, start, min(count, start + step))
-            product[:, start : start + len(chunk)] = session.run(None, {"x": x, "w": chunk})[0]
-        ends = np.cumsum([_matrix(known[part.input]).shape[0] for known in values])[:-1]
-        for known, piece in zip(values, np.split(product, ends), strict=True):
-            known[part.output] = piece.reshape(*known[part.input].shape[:-1], count)
+            pieces = np.split(session.run(None, {"x": x, "w": chunk})[0], ends)
+            for product, piece in zip(products, pieces, strict=True):
+                _matrix(product)[:, start : start + len(chunk)] = piece
 
     def _session(self, model: bytes) -> ort.InferenceSession:
         if model not in self._sessions:
@@ -216,10 +249,10 @@ class StreamedGraph:
             self._sessions[model] = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         return self._sessions[model]
 
-    def _cut(self, stage: str) -> list[_Segment | _Large | _Attend]:
+    def _cut(self, stage: str) -> list[_Part]:
         """The stage's nodes in order, cut where a weight is looked up in or too large to be held, and at attentions
         without a cache."""
-        parts: list[_Segment | _Large | _Attend] = []
+        parts: list[_Part] = []
         open_nodes: list[ir.Node] = []
 
         def close() -> None:
@@ -390,19 +423,18 @@ def _attend(node: ir.Node) -> _Attend | None:
     return _Attend(tuple(value for value in node.inputs if value is not None), scale, node.outputs[0])
 
 
-def _run_attend(part: _Attend, values: list[dict[ir.Value, Array]]) -> None:
+def _run_attend(part: _Attend, known: Values) -> None:
     """softmax(Q K^T * scale) V for float32 [1,H,N,D], in chunks of rows of Q."""
-    for known in values:
-        query, key, value = (known[item][0] for item in part.inputs)
-        out = np.empty((*query.shape[:2], value.shape[-1]), np.float32)
-        step = max(1, LARGE_BYTES // (4 * key.shape[1]))
-        turned = np.ascontiguousarray(key.transpose(0, 2, 1))
-        for head in range(len(query)):
-            for start in range(0, query.shape[1], step):
-                scores = query[head, start : start + step] @ turned[head]
-                scores *= part.scale
-                scores -= scores.max(axis=-1, keepdims=True)
-                np.exp(scores, out=scores)
-                scores /= scores.sum(axis=-1, keepdims=True)
-                np.matmul(scores, value[head], out=out[head, start : start + step])
-        known[part.output] = out[None]
+    query, key, value = (known[item][0] for item in part.inputs)
+    out = np.empty((*query.shape[:2], value.shape[-1]), np.float32)
+    step = max(1, LARGE_BYTES // (4 * key.shape[1]))
+    turned = np.ascontiguousarray(key.transpose(0, 2, 1))
+    for head in range(len(query)):
+        for start in range(0, query.shape[1], step):
+            scores = query[head, start : start + step] @ turned[head]
+            scores *= part.scale
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            np.matmul(scores, value[head], out=out[head, start : start + step])
+    known[part.output] = out[None]

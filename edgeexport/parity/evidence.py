@@ -6,7 +6,6 @@ largest of the three, not their sum.
 
 from __future__ import annotations
 
-import ctypes
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +30,7 @@ from edgeexport.core import (
     TensorRef,
     TensorSpec,
 )
+from edgeexport.memory import give_back
 from edgeexport.session.inputs import Inputs, Run
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.runner import Call, DecoderRunner
@@ -225,7 +225,7 @@ class Evidence:
         for sequence, answer in zip(sequences, answers, strict=True):
             outcome.logits[sequence.name] = answer.logits[sequence.last - answer.first]
         outcome.made = {name: reference.made(name) for name in self.subject.parts if name != DECODER}
-        _give_back()
+        give_back()
         return outcome
 
     def run_graph(self, sequences: Sequence[Script], rows: Rows, progress: Progress, threads: int = 0) -> Outcome:
@@ -250,7 +250,7 @@ class Evidence:
             start += len(each)
         first = len(sequences[0].example.tokens)
         outcome.hidden = {stage: states[:first].copy() for stage, states in trail.hidden.items()}
-        _give_back()
+        give_back()
         return outcome
 
     @cached_property
@@ -278,7 +278,7 @@ class Evidence:
                 outcome.logits[name] = np.stack(
                     [decoder.step(call.fed, call.position, call.rope).copy() for call in calls]
                 )
-        _give_back()
+        give_back()
         return outcome
 
     def greedy(self) -> list[Answered]:
@@ -289,7 +289,7 @@ class Evidence:
         prompts = [*self.subject.questions.values(), *self.subject.shown.values()]
         features = [[inputs.encode(each) for each in prompt.encoder_inputs] if inputs else [] for prompt in prompts]
         opened.close()  # the encoders' memory goes before the decoder's comes
-        _give_back()
+        give_back()
         answered = []
         with Session(opened.decoder, inputs) as session, self.watch("Answering with the artifact") as progress:
             for done, (prompt, made) in enumerate(zip(prompts, features, strict=True)):
@@ -307,7 +307,7 @@ class Evidence:
                 whole = next((i + 1 for i, token in enumerate(answer) if token in self.subject.stop_ids), len(answer))
                 answered.append(Answered(replace(prompt, tokens=np.array(tokens, np.int64)), chosen_from[:whole]))
                 progress(done + 1, len(prompts))
-        _give_back()
+        give_back()
         return answered
 
     def _calls(self, sequence: Script, run: Run) -> list[Call]:
@@ -323,13 +323,6 @@ class Evidence:
             Call(fed[start:stop], start, None if rope is None else rope[:, start:stop])
             for start, stop in pairwise(sequence.cuts)
         ]
-
-
-def _give_back() -> None:
-    """Return what was freed to the system: glibc keeps it else, gigabytes between a run and the next."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _text_tokens(tokens: Array) -> set[int]:

@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import Codes, Format, Provenance
+from edgeexport.core import Array, Codes, Format, Provenance
 from edgeexport.packing import pack_int4, read_bytes, unpack_int4
 
 INDEX = "index.json"
@@ -24,16 +24,15 @@ INDEX = "index.json"
 
 @dataclass(frozen=True)
 class Entry:
-    """One weight: its file, format, shape [rows, width], where its codes come from, sha256 of the file, and the error
-    that they make, sum((x @ (W - W').T) ** 2) over what calibration fed it and over that of the product itself, where
-    that was measured."""
+    """One weight: its file, format, shape [rows, width], where its codes come from, sha256 of the file, and the share
+    that they have, where that was measured, of the error that the nearest integers would make of its products."""
 
     file: str
     format: Format
     shape: tuple[int, int]
     provenance: Provenance
     digest: str
-    loss: float | None = None
+    share: float | None = None
 
 
 class CodeStore:
@@ -86,30 +85,38 @@ class CodeStore:
 
 
 def save(
-    folder: Path, file: str, fmt: Format, codes: Codes, provenance: Provenance, loss: float | None = None
+    folder: Path, file: str, fmt: Format, parts: Iterable[Codes], provenance: Provenance, share: float | None = None
 ) -> Entry:
-    """Write all codes of one weight, whole or not at all. Raises: UsageError `output-not-writable`."""
-    rows, width = codes.integers.shape
-    parts = [
-        pack_int4(codes.integers, 0) if fmt.bits == 4 else codes.integers,
-        codes.scales.astype(np.float16, copy=False),
-    ]
-    if codes.offsets is not None:
-        parts.append(codes.offsets.astype(np.int8 if fmt.shift == "zero" else np.float32, copy=False))
+    """Write all codes of one weight, whole or not at all; `parts` hold rows that follow each other, and their integers
+    are written as they come. Raises: UsageError `output-not-writable`."""
     state = hashlib.sha256()
+    rows = width = 0
+    scales: list[Array] = []
+    offsets: list[Array] = []
     partial = folder / f".{file}.partial"
     try:
         with partial.open("wb") as out:
-            for part in parts:
-                data = np.ascontiguousarray(part).reshape(-1).view(np.uint8).data
+
+            def write(array: Array) -> None:
+                data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                 state.update(data)
                 out.write(data)
+
+            for part in parts:
+                write(pack_int4(part.integers, 0) if fmt.bits == 4 else part.integers)
+                rows, width = rows + len(part.integers), part.integers.shape[1]
+                scales.append(part.scales.astype(np.float16, copy=False))
+                if part.offsets is not None:
+                    offsets.append(part.offsets.astype(np.int8 if fmt.shift == "zero" else np.float32, copy=False))
+            for kept in (scales, offsets):
+                if kept:
+                    write(np.concatenate(kept))
             out.flush()
             os.fsync(out.fileno())
         partial.rename(folder / file)
     except OSError as problem:
         raise errors.output_not_writable(folder, str(problem)) from problem
-    return Entry(file, fmt, (rows, width), provenance, state.hexdigest(), loss)
+    return Entry(file, fmt, (rows, width), provenance, state.hexdigest(), share)
 
 
 def save_index(folder: Path, entries: Mapping[str, Entry]) -> None:
@@ -145,15 +152,3 @@ def _row_bytes(entry: Entry) -> int:
 
 def _blocks(entry: Entry) -> int:
     return entry.shape[1] // entry.format.block if entry.format.block else 1
-
-
-def joined(parts: Sequence[Codes]) -> Codes:
-    """Codes of rows that follow each other."""
-    if len(parts) == 1:
-        return parts[0]
-    offsets = [part.offsets for part in parts if part.offsets is not None]
-    return Codes(
-        np.concatenate([part.integers for part in parts]),
-        np.concatenate([part.scales for part in parts]),
-        np.concatenate(offsets) if offsets else None,
-    )
