@@ -1,6 +1,7 @@
 """How far 4-bit weights are from the model they were made of, ours and llama.cpp's in one run: KL, top-1, perplexity.
 
-    python benchmarks/quality.py [--source gguf|bf16|both] [--peer] [--case NAME ...] [--text FILE] [--json FILE]
+    python benchmarks/quality.py [--source gguf|bf16|both] [--peer] [--case NAME ...] [--text FILE] [--quick]
+                                 [--json FILE]
 
 Every row holds the weights as an artifact stores them, multiplied by float32 activations in transformers' own model, so
 that formats are compared and not kernels. The text is benchmarks/heldout.txt, which no calibration has seen. `bf16` is
@@ -95,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--text", type=Path, default=HERE / "heldout.txt")
     parser.add_argument("--work", type=Path, default=Path("dist/quality"), help="where the bf16 source is kept")
     parser.add_argument("--peer", action="store_true", help="llama.cpp's quantiser, too, in a venv of its own")
+    parser.add_argument("--quick", action="store_true", help="no answers to questions, which take as long again")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args(arguments)
     found: dict[str, list[dict[str, Any]]] = {}
@@ -106,7 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{'case':42} {'bits':>6} {'KL':>8} {'asked':>6} {'top-1':>6} {'ppl':>7} {'answers':>8} near tie  seconds"
         )
         rows = found.setdefault(source, [])
-        for row in measured(folder, given.text, chosen(given.case, source), given.work if given.peer else None):
+        peer = given.work if given.peer else None
+        for row in measured(folder, given.text, chosen(given.case, source), peer, given.quick):
             rows.append(row)
             asked = f"{row['asked_kl']:6.3f}" if row["asked_kl"] and source == "gguf" else " " * 6
             print(
@@ -131,7 +134,9 @@ def chosen(parts: Sequence[str] | None, source: str) -> Iterator[Case]:
             yield case
 
 
-def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -> Iterator[dict[str, Any]]:
+def measured(
+    model: str, text: Path, cases: Iterator[Case], peer: Path | None, quick: bool
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """A row for the original, then one for each case."""
     checkpoint = open_checkpoint(model)
     family = families.find(checkpoint.model_type)
@@ -145,7 +150,7 @@ def measured(model: str, text: Path, cases: Iterator[Case], peer: Path | None) -
         weights, tensors = part.models[0].weights, checkpoint.tensors
         original = checkpoint_rows(reader, tensors)
         reference = logits(job, original, passages)
-        questions = Questions(job, original)
+        questions = None if quick else Questions(job, original)
         first = figures(reference, reference, passages, 0.0, None)
         yield {
             "case": "original",
@@ -188,20 +193,20 @@ def chosen_plan(
     task = sensitivity.Task(model, kinds, case.traits)
     own = replace(job, calibration=Calibration.of(case.method, None))
     with TemporaryDirectory() as folder:
-        units = choosing.priced(own, [replace(part, models=(model,))], task, reader, Path(folder), Console(quiet=True))
+        units = choosing.priced(own, [part], task, reader, Path(folder), Console(quiet=True))
     choice = budget.choose(units, 0, Budget(size=int(case.bits * elements(matrices) / 8)))
     print(f"    expected KL {choice.expected_kl}: {budget.summary(choice)}", flush=True)
     return quant.plan(part.shapes(), kinds, "auto", case.traits, encodings, choice.tensors)
 
 
 def judged(
-    job: Job, rows: Rows, questions: Questions, reference: Sequence[Array], passages: Sequence[Example],
+    job: Job, rows: Rows, questions: Questions | None, reference: Sequence[Array], passages: Sequence[Example],
     case: Case | None, started: float,
 ) -> dict[str, Any]:  # fmt: skip
     """What these weights make of the text and of the questions."""
     seconds = time.perf_counter() - started
     row = figures(reference, logits(job, rows, passages), passages, seconds, case)
-    whole, near, texts = questions.agreeing(rows)
+    whole, near, texts = questions.agreeing(rows) if questions is not None else (0, 0, [])
     return {**row, "answers": whole, "near_tie": near, "differing": texts}
 
 

@@ -119,7 +119,7 @@ def priced(
     from edgeexport import calibrate as calibration
     from edgeexport import sensitivity
 
-    model = task.model
+    model = decoder_of(parts).models[0]
     rows = calibration.rows_of(model, reader.rows)
     listed = sensitivity.units(task)
     with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
