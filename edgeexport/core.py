@@ -196,6 +196,8 @@ class Checkpoint:
     """preprocessor_config.json, empty where there is none."""
     read_tokenizer: Callable[[], Mapping[str, bytes]]
     header_digest: str
+    remarks: tuple[Finding, ...] = ()
+    """What is odd about it, and was decided as transformers does."""
 
 
 @dataclass(frozen=True)

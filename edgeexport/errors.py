@@ -563,6 +563,17 @@ def quantised_anew(path: Path, count: int, total: int, why: str, fix: str) -> Fi
     )
 
 
+def head_not_tied(path: Path, head: str, table: str) -> Finding:
+    return Finding(
+        "warning",
+        "head-not-tied",
+        f"config.json ties {head} to {table}, and their numbers differ",
+        str(path),
+        "both are kept, as transformers does: a merged LoRA often leaves that",
+        "set tie_word_embeddings to false, or, if the head is left over, remove it from the weights",
+    )
+
+
 def missing_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(
         _error(

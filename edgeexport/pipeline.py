@@ -13,7 +13,7 @@ from edgeexport import steps as step
 from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.cache import Cache
 from edgeexport.bundle.writer import refuse_existing
-from edgeexport.checkpoint import WeightReader, open_checkpoint
+from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
 from edgeexport.core import Array, Example, Finding, ParityResult, Verdict
 from edgeexport.job import Job
@@ -88,17 +88,16 @@ def build(
     asked = Asked(quant, max_size, max_kl, for_device)
     plan = plan_of(model, target, asked, context)
     step.refuse_plan(plan, max_rss, parity)
-    checkpoint = open_checkpoint(model)
+    checkpoint, family = families.open_model(model)
     aim = targets.load(target)
     given = find_samples(samples) if samples is not None else None
     calibration = choosing.calibration(plan, calibrate, calibrate_method, device)
-    family = families.find(checkpoint.model_type)
     limits, choice = Budget(**plan["budget"]), asked.choice
     job = Job(
         checkpoint, aim, plan["scheme"], plan["context"], parity, family, given, calibration, limits, choice
     )  # fmt: skip
     destination = Path(out) / f"{checkpoint.name}-{aim.name}"
-    remarks = step.read_tokenizer(job) + step.rounded_anew(plan)
+    remarks = [*checkpoint.remarks, *step.read_tokenizer(job), *step.rounded_anew(plan)]
     step.announce(console, plan, destination)
 
     def done(job: Job) -> BuildResult | None:
@@ -159,8 +158,7 @@ def export(
 ) -> ExportResult:
     """Write the canonical ONNX of `model` into the folder `out`."""
     console = console or Console(quiet=True)
-    checkpoint = open_checkpoint(model)
-    family = families.find(checkpoint.model_type)
+    checkpoint, family = families.open_model(model)
     aim = targets.load("host-ort")
     slots = context_for(context, aim, family.geometry(checkpoint.config))
     job = Job(checkpoint, aim, quant.find("fp32").name, slots, "L1", family)

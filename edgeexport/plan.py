@@ -110,11 +110,13 @@ def plan(model: str, target: str, asked: Asked | str | None = None, context: int
     from edgeexport import backends, families, targets
     from edgeexport import checkpoint as checkpoints
     from edgeexport import quant as schemes
+    from edgeexport.families.settled import settle
 
     problems = _Problems()
-    opened = problems.attempt(lambda: checkpoints.open_checkpoint(model))
+    found = problems.attempt(lambda: checkpoints.open_checkpoint(model))
     aim = problems.attempt(lambda: targets.load(target))
-    family = problems.attempt(lambda: families.find(opened.model_type)) if opened else None
+    family = problems.attempt(lambda: families.find(found.model_type)) if found else None
+    opened = problems.attempt(lambda: settle(found, family)) if found and family else None
     asked = asked if isinstance(asked, Asked) else Asked(asked)
     choice = problems.attempt(lambda: asked.choice)
     name = asked.scheme(aim) if aim else asked.quant
@@ -153,6 +155,7 @@ def plan(model: str, target: str, asked: Asked | str | None = None, context: int
         problems.errors.append(errors.artifact_too_large(aim.name, sizes["artifact"], limit))
     devices = device_table(aim, sizes)
     findings = [finding for error in problems.errors for finding in error.findings]
+    findings += opened.remarks
     findings += schemes.findings(opened.tensors, quantised, traits)
     findings += _fit_warning(aim, devices, sizes)
     return {

@@ -17,7 +17,6 @@ from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import Bundle, open_bundle
 from edgeexport.bundle.writer import BundleWriter
-from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
 from edgeexport.quant import budget
@@ -222,9 +221,8 @@ def job_of_bundle(folder: Path, model: str, level: str) -> Job:
     """The job that made a bundle, to climb its ladder again. Raises `bundle-of-another-model`."""
     bundle = open_bundle(folder)
     manifest, decoder = bundle.manifest, bundle.component(DECODER)
-    checkpoint = open_checkpoint(model)
+    checkpoint, family = families.open_model(model)
     context = decoder.kv.context if decoder.kv else 0
-    family = families.find(checkpoint.model_type)
     choice = budget.read(folder / budget.FILE) if budget.FILE in manifest.files else None
     aim = targets.load(manifest.target.name)
     job = Job(checkpoint, aim, manifest.quantisation, context, level, family, choice=choice)

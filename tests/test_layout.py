@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text_tables": BASE | {"session.chat", "tokenizer_json"},
     "console": BASE | {"units"},
     "checkpoint": BASE | {"packing", "paths"},
-    "families": BASE | {"session.image_contract", "session.images", "session.preprocess"},
+    "families": BASE | {"checkpoint", "session.image_contract", "session.images", "session.preprocess"},
     "families.autoglm_phone": {"checkpoint", "paths", "session.audio", "session.image_file"},
     "families.autoglm_phone.prompts": {"session.chat", "session.tokenizer"},
     "families.autoglm_phone.train": {"console", "quant"},

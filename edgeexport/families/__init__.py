@@ -11,15 +11,17 @@ import importlib
 import pkgutil
 from collections.abc import Mapping
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeexport import errors
+from edgeexport.checkpoint import open_checkpoint
 from edgeexport.core import Checkpoint, Component, Geometry, OracleModel
 
 if TYPE_CHECKING:
     from edgeexport.session.preprocess import Preprocess
 
-_ROOMS = {"decoder", "stages", "glm4v_stages"}
+_ROOMS = {"decoder", "stages", "glm4v_stages", "settled"}
 """Modules of this package that are machinery, not families."""
 
 
@@ -31,6 +33,11 @@ class Family(Protocol):
     """Dialect ops of its graphs, so that `plan` can say what a backend lacks without tracing."""
     kernels: tuple[str, ...]
     """Suffixes of convolutions that are read as matrices of their rows."""
+    table: str
+    head: str
+    """The embedding and lm_head by the checkpoint's names."""
+    prefix: str
+    """What a checkpoint of the model within the model, without lm_head, leaves out of all names."""
     tiny: Mapping[str, Any]
     """A random-weight configuration small enough for every test."""
 
@@ -39,6 +46,12 @@ class Family(Protocol):
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The decoder's numbers from config.json. Raises: CheckpointError `bad-config`."""
+
+    def completed(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """config.json's values with those that transformers' class sets where they are left out."""
+
+    def untied(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same values with lm_head a matrix of its own."""
 
     def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
         """Checkpoint tensors that the model does not read, and rightly so."""
@@ -65,6 +78,18 @@ def known() -> dict[str, str]:
             raise errors.duplicate_plugin("family", point.name, point.value)
         found[point.name] = point.value
     return found
+
+
+def open_model(model: str | Path) -> tuple[Checkpoint, Family]:
+    """The checkpoint that `model` names, as transformers would load it, and its family.
+
+    Raises: what `open_checkpoint`, `find` and `settle` do.
+    """
+    from edgeexport.families.settled import settle
+
+    checkpoint = open_checkpoint(model)
+    family = find(checkpoint.model_type)
+    return settle(checkpoint, family), family
 
 
 def find(model_type: str) -> Family:

@@ -40,6 +40,11 @@ class DecoderFamily:
     tiny: Mapping[str, Any]
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq",)
     """Suffixes of checkpoint tensors that the model recomputes and never reads."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What the configuration's class sets and config.json may leave out, where that is not what `geometry_of` takes."""
+    table: str = "model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    prefix: str = "model."
     kernels: tuple[str, ...] = ()
     questions: Mapping[str, str] = field(default_factory=dict)
 
@@ -47,11 +52,19 @@ class DecoderFamily:
         """Layers, heads and sizes from config.json. Raises: CheckpointError `bad-config`."""
         return geometry_of(config)
 
+    def completed(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with those that the configuration's class sets where they are left out."""
+        return {**self.defaults, **config}
+
+    def untied(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with lm_head a matrix of its own."""
+        return {**config, "tie_word_embeddings": False}
+
     def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
         """Checkpoint tensors that this model does not read, and rightly so (a tied head, recomputed buffers)."""
         names = {name for name in checkpoint.tensors if name.endswith(self.ignored)}
         if self.geometry(checkpoint.config).tied:
-            names.add("lm_head.weight")
+            names.add(self.head)
         return frozenset(names & checkpoint.tensors.keys())
 
     def components(self, checkpoint: Checkpoint, context: int, shapes: Mapping[str, Any]) -> list[Component]:

@@ -5,6 +5,7 @@ from edgeexport.families.decoder import DECODER_OPS, DecoderFamily
 FAMILY = DecoderFamily(
     model_type="glm4",
     ops=DECODER_OPS | {"Split"},
+    defaults={"num_key_value_heads": 2, "head_dim": 128},
     tiny={
         "architectures": ["Glm4ForCausalLM"],
         "model_type": "glm4",

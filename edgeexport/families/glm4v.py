@@ -43,17 +43,31 @@ class Glm4vFamily:
     ops: frozenset[str] = GLM4V_OPS
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "rotary_pos_emb.inv_freq")
     questions: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=lambda: {"num_key_value_heads": 2})
+    """Of the text model, as in `DecoderFamily`."""
+    table: str = "model.language_model.embed_tokens.weight"
+    head: str = "lm_head.weight"
+    prefix: str = "model."
     kernels: tuple[str, ...] = ("visual.patch_embed.proj.weight", "visual.downsample.weight")
 
     def geometry(self, config: Mapping[str, Any]) -> Geometry:
         """The text model's numbers. Raises: CheckpointError `bad-config`."""
         return geometry_of({**section(config, "text_config"), "tie_word_embeddings": _tied(config)})
 
+    def completed(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with those that the configuration's class sets where they are left out."""
+        return {**config, "text_config": {**self.defaults, **section(config, "text_config")}}
+
+    def untied(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with lm_head a matrix of its own."""
+        text = {**section(config, "text_config"), "tie_word_embeddings": False}
+        return {**config, "tie_word_embeddings": False, "text_config": text}
+
     def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
         """Checkpoint tensors that this model does not read: recomputed buffers, a tied head."""
         names = {name for name in checkpoint.tensors if name.endswith(self.ignored)}
         if _tied(checkpoint.config):
-            names.add("lm_head.weight")
+            names.add(self.head)
         return frozenset(names & checkpoint.tensors.keys())
 
     def components(self, checkpoint: Checkpoint, context: int, shapes: Mapping[str, Any]) -> list[Component]:

@@ -5,6 +5,7 @@ from edgeexport.families.decoder import DECODER_OPS, DecoderFamily
 FAMILY = DecoderFamily(
     model_type="qwen2",
     ops=DECODER_OPS,
+    defaults={"num_key_value_heads": 32},
     tiny={
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",

@@ -5,6 +5,7 @@ from edgeexport.families.decoder import DECODER_OPS, DecoderFamily
 FAMILY = DecoderFamily(
     model_type="qwen3",
     ops=DECODER_OPS,
+    defaults={"num_key_value_heads": 32, "head_dim": 128},
     tiny={
         "architectures": ["Qwen3ForCausalLM"],
         "model_type": "qwen3",

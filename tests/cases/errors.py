@@ -67,6 +67,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "tensor": "model.layers.0.mlp.up_proj.weight",
         "problem": "scales is F16 [3, 64]; F16, BF16 or F32 [4, 64] is needed",
     },
+    "head_not_tied": {
+        "path": Path("SmolLM2-135M"),
+        "head": "lm_head.weight",
+        "table": "model.embed_tokens.weight",
+    },
     "quantised_anew": {
         "path": Path("models/tiny"),
         "count": 63,

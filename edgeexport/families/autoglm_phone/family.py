@@ -47,6 +47,9 @@ class AutoGlmPhoneFamily:
     ops: frozenset[str] = OPS
     kernels: tuple[str, ...] = ()
     questions: Mapping[str, str] = field(default_factory=lambda: QUESTIONS)
+    table: str = "decoder.model.embed_tokens.weight"
+    head: str = "decoder.lm_head.weight"
+    prefix: str = ""
     ignored: tuple[str, ...] = ("rotary_emb.inv_freq", "num_batches_tracked")
 
     @property
@@ -58,11 +61,23 @@ class AutoGlmPhoneFamily:
         """The decoder's numbers. Raises: CheckpointError `bad-config`."""
         return geometry_of(from_dict(config).text_config)
 
+    def completed(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with those that the configuration's class of its decoder sets where they are left out."""
+        from edgeexport.families import find, known
+
+        text = from_dict(config).text_config
+        kind = str(text["model_type"])
+        return {**config, "text_config": find(kind).completed(text) if kind in known() else text}
+
+    def untied(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values with lm_head a matrix of its own."""
+        return {**config, "text_config": {**config["text_config"], "tie_word_embeddings": False}}
+
     def unused(self, checkpoint: Checkpoint) -> frozenset[str]:
         """Checkpoint tensors that the model does not read: recomputed buffers, counters, a tied head."""
         names = {name for name in checkpoint.tensors if name.endswith(self.ignored)}
         if self.geometry(checkpoint.config).tied:
-            names.add("decoder.lm_head.weight")
+            names.add(self.head)
         return frozenset(names & checkpoint.tensors.keys())
 
     def components(self, checkpoint: Checkpoint, context: int, shapes: Mapping[str, Any]) -> list[Component]:
