@@ -2,11 +2,8 @@
 is fed.
 
 One layer's weights and the statistics of its inputs are in memory; the activations at the border to the next layer are
-on disk. After each layer its codes and that border are complete, and a build that is killed goes on from there.
-
-Inputs are those of the original model, so that layers do not depend on each other's codes; but for GPTQ of a model that
-is not large (`Task.in_turn`): there each multiplication is fed what those before it, as they are stored, make, and its
-weight is fitted to that first. On SmolLM2-135M that is a sixth of the KL, and the walk takes twice as long.
+on disk. After each layer its codes and that border are complete, and a build that is killed goes on from there. Inputs
+are those of the original model, not of its quantised beginning, so that layers do not depend on each other's codes.
 """
 
 from __future__ import annotations
@@ -22,19 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.borders import WORK, Borders
+from edgeexport.borders import Borders
 from edgeexport.canonical.dialect import linears
 from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, Provenance, QuantPlan, TensorRef
 from edgeexport.memory import give_back
 from edgeexport.quant import codes, search
-from edgeexport.quant.calibration import GROUP, LARGE, Method
+from edgeexport.quant.calibration import GROUP, Method
 from edgeexport.quant.codes import CodeStore, Entry
-from edgeexport.quant.weights import dequantize_codes
 
 if TYPE_CHECKING:
     import torch
 
-    from edgeexport.canonical.streaming import Rows, StreamedGraph, Tap, Values
+    from edgeexport.canonical.streaming import Rows, StreamedGraph, Values
     from edgeexport.quant.gptq import Factor
 
 ROWS = {"search": 1 << 20, "gptq": 1 << 22}
@@ -60,11 +56,6 @@ class Task:
     method: Method
     names: frozenset[str]
     device: str = "cpu"
-
-    @property
-    def in_turn(self) -> bool:
-        """Whether a weight is chosen by what those before it give as they are stored."""
-        return self.method == "gptq" and sum(self.model.weights[name].elements for name in self.names) <= LARGE
 
 
 def wanted(model: CanonicalModel, plan: QuantPlan) -> frozenset[str]:
@@ -92,8 +83,7 @@ def run(
 
     Raises: UsageError `output-not-writable`; CheckpointError for weights that cannot be stored.
     """
-    kind = _InTurn if task.in_turn else _Run
-    return kind(task, calls, rows, folder, progress).run()
+    return _Run(task, calls, rows, folder, progress).run()
 
 
 class _Run:
@@ -125,7 +115,11 @@ class _Run:
         self.entries = codes.load_index(self.folder) if done else {}
         total = 1 + max((self.stages.index(stage) for stage in self.read_by), default=-1)
         for index in range(done, total):
-            self._stage(index, self.stages[index])
+            stage = self.stages[index]
+            gathered = self._advance(index, stage)
+            while gathered:  # the sums of one input go before the factor of the next comes
+                names, inputs = gathered.popitem()
+                self._choose(names, inputs)
             codes.save_index(self.folder, self.entries)
             self.state = self.borders.finish(index + 1, **self.state)
             give_back()
@@ -136,31 +130,28 @@ class _Run:
         self.borders.clear()
         return CodeStore(self.folder, self.entries)
 
-    def _stage(self, index: int, stage: str) -> None:
-        """Take every group through a stage, and choose its weights."""
-        sites = self._sites(stage)
-        gathered = {names[0]: _Inputs(self._width(names), self.task) for names in sites}
+    def _advance(self, index: int, stage: str) -> dict[tuple[str, ...], _Inputs]:
+        """Take every group through a stage; what its multiplications were fed, by the weights that read the same."""
+        asked = self._readers_of_each_input(stage)
+        first = {names[0]: names for names in asked}
+        gathered: dict[tuple[str, ...], _Inputs] = {}
 
         def tap(name: str, x: Array) -> None:
-            if name in gathered:
-                gathered[name].add(x)
+            if name in first:
+                names = first[name]
+                if names not in gathered:
+                    gathered[names] = _Inputs(x.shape[-1], self.task)
+                gathered[names].add(x)
 
+        last = index == len(self.stages) - 1
         for number in range(self.state["groups"]):
-            self._advance(index, number, self.rows, tap if sites else None)
-        for names in sites:  # the sums of one input go before the factor of the next comes
-            self._choose(names, gathered.pop(names[0]))
+            values = self.borders.load(index, number)
+            self.graph.advance(stage, each_token(values) if last else values, self.rows, tap if asked else None)
+            if not last:
+                self.borders.save(index + 1, number, values)
+        return gathered
 
-    def _advance(self, index: int, number: int, rows: Rows, tap: Tap | None) -> None:
-        """Take a group through a stage."""
-        values, last = self.borders.load(index, number), index == len(self.stages) - 1
-        self.graph.advance(self.stages[index], each_token(values) if last else values, rows, tap)
-        if not last:
-            self.borders.save(index + 1, number, values)
-
-    def _width(self, names: Sequence[str]) -> int:
-        return int(self.task.model.weights[names[0]].shape[1])
-
-    def _sites(self, stage: str) -> list[tuple[str, ...]]:
+    def _readers_of_each_input(self, stage: str) -> list[tuple[str, ...]]:
         """The weights to choose at this stage, those that read the same values together."""
         wanted = self.read_by.get(stage, ())
         found: dict[Any, list[str]] = {}
@@ -173,13 +164,11 @@ class _Run:
         """Find the integers of weights that read the same, and write them."""
         import torch
 
-        from edgeexport.quant.gptq import Factor, correction
+        from edgeexport.quant.gptq import Factor
 
-        width = self._width(names)
+        width = self.task.model.weights[names[0]].shape[1]
         strength = inputs.strength() if inputs is not None else torch.ones(width, device=self.task.device)
         products = inputs.products() if inputs is not None else None
-        moved = inputs.moved() if inputs is not None else None
-        fit = correction(products.clone(), moved) if products is not None and moved is not None else None
         factor = Factor(products) if products is not None else None
         for name in names:
             count, fmt = self.task.model.weights[name].shape[0], self.task.plan.formats[name]
@@ -196,100 +185,21 @@ class _Run:
             file = f"{len(self.entries):05}.codes"
             how: Provenance = "gptq" if factor is not None else "searched"
             with workers() as pool:
-                found = pool.map(partial(self._chosen, name, strength, factor, fit), cuts)
+                found = pool.map(partial(self._chosen, name, strength, factor), cuts)
                 entry = codes.save(self.folder, file, fmt, parts(found), how)
             self.entries[name] = replace(entry, share=lost / nearest if nearest else 1.0)
 
-    def _chosen(
-        self, name: str, strength: torch.Tensor, factor: Factor | None, fit: torch.Tensor | None, cut: tuple[int, int]
-    ) -> _Part:
+    def _chosen(self, name: str, strength: torch.Tensor, factor: Factor | None, cut: tuple[int, int]) -> _Part:
         """The integers of some rows."""
-        import torch
-
         from edgeexport.quant.gptq import gptq
 
         weight = floats(self.rows, name, *cut, self.task.plan.formats[name], self.task.device)
-        if fit is not None:
-            weight = torch.addmm(weight, weight, fit)
         grid = search.search(weight, strength, self.task.plan.formats[name])
         integers = search.nearest(weight, grid)
         lost = nearest = float((weight - search.meaning(integers, grid)).square().sum(0) @ strength)
         if factor is not None:
             integers, lost = gptq(weight, factor, grid)
         return _Part(search.to_codes(integers, grid), lost, nearest)
-
-
-class _InTurn(_Run):
-    """A calibration in which a weight is chosen by what those before it give as they are stored: beside the original
-    sequences the same go through the model with every weight that is chosen already in its place."""
-
-    def _begun(self, groups: Sequence[Sequence[Mapping[str, Array]]]) -> dict[str, Any]:
-        return super()._begun([*groups, *groups])
-
-    def _stage(self, index: int, stage: str) -> None:
-        sites, count = self._sites(stage), self.state["groups"] // 2
-        original = {names[0]: _OnDisk(self.folder / WORK / "fed", k) for k, names in enumerate(sites)}
-        for number in range(count):
-            fed: dict[str, list[Array]] = {name: [] for name in original}
-
-            def tap(name: str, x: Array, fed: dict[str, list[Array]] = fed) -> None:
-                if name in fed:
-                    fed[name].append(x.reshape(-1, x.shape[-1]).copy())
-
-            self._advance(index, number, self.rows, tap if sites else None)
-            for name, arrays in fed.items():
-                original[name].save(number, np.concatenate(arrays))
-        for names in sites:
-            inputs = _Inputs(self._width(names), self.task)
-            for number in range(count):
-                self._feed(index, count + number, names[0], original[names[0]].load(number), inputs)
-            self._choose(names, inputs)
-        for number in range(count, 2 * count):
-            self._advance(index, number, self._held, None)
-
-    def _feed(self, index: int, number: int, name: str, original: Array, inputs: _Inputs) -> None:
-        """Add what a group, through weights as they are stored, feeds one, beside what the original feeds it."""
-        values, last = self.borders.load(index, number), index == len(self.stages) - 1
-        at = 0
-
-        def tap(reader: str, y: Array) -> None:
-            nonlocal at
-            if reader == name:
-                rows = y.reshape(-1, y.shape[-1])
-                inputs.add(rows, original[at : at + len(rows)])
-                at += len(rows)
-
-        calls = each_token(values) if last else values
-        self.graph.advance(self.stages[index], calls, self._held, tap, until=name)
-
-    def _held(self, name: str, start: int, stop: int) -> Array:
-        """Rows of a weight as they are stored, once they are chosen; others, in 8 bits or more, as they are."""
-        if name not in self.entries:
-            return self.rows(name, start, stop)
-        store = CodeStore(self.folder, {name: self.entries[name]})
-        return dequantize_codes(store.rows(name, start, stop), self.entries[name].format)
-
-
-class _OnDisk:
-    """What the original feeds the readers of one input, group by group."""
-
-    def __init__(self, folder: Path, site: int) -> None:
-        self._folder, self._site = folder, site
-
-    def save(self, number: int, rows: Array) -> None:
-        """Raises: UsageError `output-not-writable`."""
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            np.save(self._path(number), rows, allow_pickle=False)
-        except OSError as problem:
-            raise errors.output_not_writable(self._folder, str(problem)) from problem
-
-    def load(self, number: int) -> Array:
-        """float32 [tokens, width]."""
-        return np.asarray(np.load(self._path(number), allow_pickle=False))
-
-    def _path(self, number: int) -> Path:
-        return self._folder / f"{self._site}-{number}.npy"
 
 
 def floats(read: Rows, name: str, start: int, stop: int, fmt: Format, device: str) -> torch.Tensor:
@@ -330,24 +240,19 @@ def workers() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Inputs:
-    """Sums over what a multiplication is fed: of squares or, for GPTQ, of all products of two channels and, where it is
-    not what the original feeds it, of those with the difference."""
+    """Sums over what a multiplication is fed: of squares or, for GPTQ, of all products of two channels."""
 
     def __init__(self, width: int, task: Task) -> None:
         import torch
 
         whole = task.method == "gptq"
         self._sum = torch.zeros((width, width) if whole else (width,), device=task.device)
-        self._moved = torch.zeros((width, width), device=task.device) if task.in_turn else None
         self._rows = 0
         self._waiting: list[Array] = []
-        self._originals: list[Array] = []
 
-    def add(self, x: Array, original: Array | None = None) -> None:
-        """float32 [.., width], and the original's."""
+    def add(self, x: Array) -> None:
+        """float32 [.., width]."""
         self._waiting.append(np.array(x.reshape(-1, x.shape[-1]), np.float32))
-        if original is not None:
-            self._originals.append(original)
         if sum(map(len, self._waiting)) >= TOGETHER:
             self._flush()
 
@@ -359,10 +264,6 @@ class _Inputs:
             return
         rows = torch.from_numpy(np.concatenate(self._waiting)).to(self._sum.device)
         self._waiting.clear()
-        if self._moved is not None:
-            originals = torch.from_numpy(np.concatenate(self._originals)).to(self._sum.device)
-            self._originals.clear()
-            self._moved.addmm_((originals - rows).T, rows)
         if self._sum.ndim == 2:
             self._sum.addmm_(rows.T, rows)
         else:
@@ -378,12 +279,6 @@ class _Inputs:
         """The mean products [width, width], in the place of the sums; None where only squares were added."""
         self._flush()
         return self._sum.div_(max(1, self._rows)) if self._sum.ndim == 2 else None
-
-    def moved(self) -> torch.Tensor | None:
-        """The mean products of the original less what was fed with what was fed [width, width], in the place of the
-        sums; None where both are the same."""
-        self._flush()
-        return self._moved.div_(max(1, self._rows)) if self._moved is not None else None
 
 
 def _grouped(calls: Sequence[Mapping[str, Array]]) -> list[list[Mapping[str, Array]]]:

@@ -12,7 +12,7 @@ from edgeexport import errors
 from edgeexport.core import BITS, Checkpoint, Finding, Geometry, QuantPlan, Target, Traits
 from edgeexport.errors import EdgeExportError
 from edgeexport.quant.budget import Budget, Choice, read
-from edgeexport.quant.calibration import GROUP, LARGE, TOKENS, default_method
+from edgeexport.quant.calibration import GROUP, TOKENS, default_method
 from edgeexport.quant.schemes import AUTO
 from edgeexport.quant.search import takes
 
@@ -40,8 +40,8 @@ whose scales are searched; operations of the factorisation, and of GPTQ's column
 autoglm-phone-9b."""
 CALIBRATION_FORMULA = (
     "8,192 tokens through each layer and the search of all scales; GPTQ: the products of each input's channels, their "
-    "factorisation and each column's errors, of models up to 2B twice, with five passes; what is searched at once, a "
-    "group's activations and, for GPTQ, the products"
+    "factorisation and each column's errors; what is searched at once, a group's activations and, for GPTQ, the "
+    "products"
 )
 CHOSEN_BYTES = 256 << 20
 """What a calibration holds of weights, integers and rows at once: 9B-shaped, 1.44 GB were seen by search."""
@@ -311,13 +311,9 @@ def calibration_cost(quantised: QuantPlan, shapes: Mapping[str, tuple[int, ...]]
     factors = 4 / 3 * sum(float(width) ** 3 for width in fed)
     columns = 2.0 * sum(rows * float(width) ** 2 for rows, width in chosen.values())
     searched = forward / PRODUCTS_PER_SECOND + weights / SEARCHED_PER_SECOND
-    exact = products / PRODUCTS_PER_SECOND + factors / FACTORED_PER_SECOND
+    exact = products / PRODUCTS_PER_SECOND + factors / FACTORED_PER_SECOND + columns / CHOSEN_PER_SECOND
     layer, widest = 4 * sum(map(_elements, decoder.values())) // geometry.layers, max(fed)
     held = 4 * sum(width * width for width in fed) // geometry.layers
-    if weights <= LARGE:  # in turn: an input's products are held, and factored, twice, each alone
-        exact = 2 * exact + 4 * forward / PRODUCTS_PER_SECOND
-        held = 20 * widest * widest
-    exact += columns / CHOSEN_PER_SECOND
     seen = 4 * GROUP * 6 * widest
     own = IMPORT_BYTES + STREAM_BYTES + min(2 * layer, CHOSEN_BYTES) + seen
     return {

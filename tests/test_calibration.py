@@ -16,7 +16,7 @@ from edgeexport import errors
 from edgeexport.core import Array, Codes, Format
 from edgeexport.quant import FORMATS, calibration, codes
 from edgeexport.quant.codes import CodeStore
-from edgeexport.quant.gptq import DAMPING, PANEL, STEADIED, TRUSTED, Factor, correction, gptq, inverse_factor
+from edgeexport.quant.gptq import DAMPING, PANEL, Factor, gptq, inverse_factor
 from edgeexport.quant.search import meaning, nearest, search, takes, to_codes
 from edgeexport.quant.weights import dequantize_codes, encode_rows
 
@@ -71,20 +71,6 @@ def test_rows_do_not_depend_on_each_other() -> None:
     whole, _ = gptq(weight, factor, search(weight, strength, fmt))
     part = weight[20:30]
     torch.testing.assert_close(gptq(part, factor, search(part, strength, fmt))[0], whole[20:30], rtol=0, atol=0)
-
-
-def test_a_weight_is_fitted_half_of_the_way_to_the_products_of_the_original() -> None:
-    x, weight = correlated(64, rows=4000), matrix(24, 64)
-    y = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(5)) + 0.2 * x.roll(3, 1)
-    products = y.T @ y / len(y)
-    damped = products + STEADIED * products.diagonal().mean() * torch.eye(64)
-    whole = torch.linalg.solve(damped, products @ weight.T + ((x - y).T @ y).T @ weight.T / len(y)).T
-    missed = weight - torch.linalg.solve(damped, products @ weight.T).T  # what the damping alone takes away
-    wanted = weight + TRUSTED * (whole + missed - weight)
-    fit = correction(products.clone(), (x - y).T @ y / len(y))
-    torch.testing.assert_close(weight + weight @ fit, wanted, rtol=1e-3, atol=1e-5)
-    errors_of = [float(((x @ weight.T) - (y @ held.T)).square().sum()) for held in (weight, weight + weight @ fit)]
-    assert errors_of[1] < 0.5 * errors_of[0]
 
 
 @pytest.mark.parametrize("width", [16, PANEL, PANEL + 32, 3 * PANEL])

@@ -156,17 +156,10 @@ class StreamedGraph:
         """The values of calls before the first stage."""
         return [{self._inputs[name]: call[name] for name in call} for call in calls]
 
-    def advance(
-        self, stage: str, values: list[Values], rows: Rows, tap: Tap | None = None, *, until: str = ""
-    ) -> list[ir.Value]:
-        """Take these calls through one stage, in place; a value that nothing later reads is dropped at once. With
-        `until` a weight's name no further than to where `tap` was shown what it is given. Returns the hidden states
-        among those that are left."""
+    def advance(self, stage: str, values: list[Values], rows: Rows, tap: Tap | None = None) -> list[ir.Value]:
+        """Take these calls through one stage, in place; a value that nothing later reads is dropped at once. Returns
+        the hidden states among those that are left."""
         for part in self._plan[stage]:
-            if tap is not None and isinstance(part, _Large) and part.weight == until:
-                for known in values:
-                    tap(until, known[part.input])
-                return []
             if isinstance(part, _Large):
                 self._run_large(part, values, rows, tap)
             elif isinstance(part, _Attend):
@@ -175,8 +168,6 @@ class StreamedGraph:
                     self._drop(part, known)
             else:
                 self._run_segment(part, values, rows, tap)
-                if any(until in readers for _, readers in part.tapped):
-                    return []
         return [value for value in self._crossing(stage) if values and value in values[0]]
 
     def _drop(self, part: _Part, known: Values) -> None:

@@ -22,12 +22,6 @@ if TYPE_CHECKING:
 DAMPING = 0.01
 """Of the mean diagonal, added to it."""
 
-STEADIED = 0.05
-"""The same where a weight is fitted to inputs that are not the original's: so few samples tell less of that."""
-
-TRUSTED = 0.5
-"""The part of such a fit that is made."""
-
 STEP = 128
 """Columns whose errors are carried to the others at once."""
 
@@ -42,14 +36,14 @@ memory and time of twice the width does."""
 class Factor:
     """What GPTQ needs of one Hessian, for all weights that read the same input: the order of the columns and U."""
 
-    def __init__(self, hessian: torch.Tensor, damping: float = DAMPING) -> None:
+    def __init__(self, hessian: torch.Tensor) -> None:
         """float32 [K, K], symmetric; it is emptied, since two of a wide layer are all that there is room for. A channel
         that was never fed anything counts for nothing."""
         import torch
 
         diagonal = hessian.diagonal()
         diagonal[diagonal <= 0] = 1
-        diagonal += damping * diagonal.mean()
+        diagonal += DAMPING * diagonal.mean()
         self.order = torch.argsort(diagonal, descending=True, stable=True)
         backwards = self.order.flip(0)
         width = len(backwards)
@@ -59,21 +53,6 @@ class Factor:
             ordered[start : start + PANEL] = hessian[backwards[start : start + PANEL]][:, backwards]
         hessian.untyped_storage().resize_(0)
         self.u = inverse_factor(ordered).float()
-
-
-def correction(products: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
-    """What a weight W [N, K] becomes, W + W @ correction, where it is fed y in place of the original's x: half of the
-    way to the one whose products W' @ y are nearest to W @ x. `products` [K, K] are the mean y.T @ y, and `moved` the
-    mean (x - y).T @ y; both are emptied. The idea is GPTAQ's (Y. Li et al., "GPTAQ: Efficient Finetuning-Free
-    Quantization for Asymmetric Calibration", ICML 2025): what earlier layers lost is made up for by later ones."""
-    import torch
-
-    factor = Factor(products, STEADIED)
-    ordered = moved[:, factor.order] @ factor.u.T
-    moved.untyped_storage().resize_(0)
-    found = torch.empty_like(ordered)
-    found[:, factor.order] = ordered @ factor.u
-    return found.mul_(TRUSTED)
 
 
 def inverse_factor(backwards: torch.Tensor) -> torch.Tensor:
