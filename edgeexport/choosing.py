@@ -15,6 +15,7 @@ import numpy as np
 from edgeexport import backends, errors, quant
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
+from edgeexport.checkpoint.digest import refuse_changed
 from edgeexport.console import Console
 from edgeexport.core import Array, Example, QuantPlan
 from edgeexport.job import Job, code_digest, tool_versions
@@ -95,6 +96,7 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
     def fill(folder: Path) -> None:
         found = priced(replace(job, calibration=texts), parts, task, reader, work, console)
         (folder / "units.json").write_bytes(msgspec.json.encode(found))
+        refuse_changed(job.checkpoint)
 
     title = f"Measuring what each matrix of {job.checkpoint.name} loses"
     with console.step(title), cache.workplace("sensitivity", named) as work:
@@ -180,6 +182,7 @@ def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache,
             calls = [call.inputs() for call in calibration_calls(job, parts, reader)]
             found = smoothing.run(model, decoder.plan, calls, calibration.rows_of(model, reader.rows), progress)
         (folder / SMOOTHING).write_bytes(found.to_json())
+        refuse_changed(job.checkpoint)
 
     with console.step(f"Smoothing {job.checkpoint.name}"):
         folder, _ = cache.folder("smoothing", named, fill)
@@ -209,7 +212,9 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
             def calls() -> list[Mapping[str, Array]]:
                 return [call.inputs() for call in calibration_calls(job, parts, reader)]
 
-            calibration.run(task, calls, smoothed, work, progress).move(folder)
+            store = calibration.run(task, calls, smoothed, work, progress)
+        refuse_changed(job.checkpoint)
+        store.move(folder)
 
     # two builds of one model calibrate it once: the second waits, and finds the codes filed
     with console.step(f"Calibrating {job.checkpoint.name} by {method}"), cache.workplace("calibrate", named) as work:

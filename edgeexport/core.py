@@ -198,6 +198,8 @@ class Checkpoint:
     header_digest: str
     remarks: tuple[Finding, ...] = ()
     """What is odd about it, and was decided as transformers does."""
+    identities: tuple[tuple[str | int, ...], ...] = ()
+    """What changes when a weight file does (`checkpoint.digest.identities`), from before anything was read."""
 
 
 @dataclass(frozen=True)

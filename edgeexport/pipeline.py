@@ -14,6 +14,7 @@ from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.cache import Cache
 from edgeexport.bundle.writer import refuse_existing
 from edgeexport.checkpoint import WeightReader
+from edgeexport.checkpoint.digest import refuse_changed
 from edgeexport.console import Console
 from edgeexport.core import Array, Example, Finding, ParityResult, Verdict
 from edgeexport.job import Job
@@ -101,7 +102,7 @@ def build(
     step.announce(console, plan, destination)
 
     def done(job: Job) -> BuildResult | None:
-        if not destination.exists() or (known := shipping.up_to_date(job, destination)) is None:
+        if not destination.exists() or (known := shipping.up_to_date(job, destination, force=force)) is None:
             return None
         size, ideal, results, answers = known
         seconds, peak = time.perf_counter() - started, peak_rss_of_all()
@@ -126,6 +127,7 @@ def build(
         shown = step.shown(job)
         climb = step.climb(job, parts, shown, reader, console)
     refuse_failed(climb, console)
+    refuse_changed(checkpoint)
     with console.step("Writing the bundle"):
         shipping.write_bundle(job, parts, climb, shown, destination, force=force)
     if dump is not None:

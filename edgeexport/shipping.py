@@ -16,6 +16,7 @@ from edgeexport import backends, errors, families, targets
 from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import Bundle, open_bundle
+from edgeexport.bundle.verify import verify
 from edgeexport.bundle.writer import BundleWriter
 from edgeexport.core import BITS, LEVELS, Artifact, ParityResult, StoredWeight, worst
 from edgeexport.job import Job, tool_versions
@@ -33,13 +34,21 @@ TEXT = "text"
 """The ladder's name for its prompt of text alone."""
 
 
-def up_to_date(job: Job, destination: Path) -> tuple[int, int, list[ParityResult], list[Mapping[str, Any]]] | None:
-    """(size, ideal size, parity rows, answers) of the bundle already there when it is this very build's, else None."""
+def up_to_date(
+    job: Job, destination: Path, *, force: bool
+) -> tuple[int, int, list[ParityResult], list[Mapping[str, Any]]] | None:
+    """(size, ideal size, parity rows, answers) of the bundle already there when it is this very build's, every byte of
+    it, else None. Raises: UsageError `output-exists` for one that was damaged and is not to be replaced."""
     try:
         bundle = open_bundle(destination)
     except errors.BundleError:
         return None
     if bundle.manifest.build_key != job.build_key:
+        return None
+    damage = verify(destination, golden=False).findings
+    if damage and not force:
+        raise errors.output_exists(destination, f"it is this build's bundle, and damaged: {damage[0].what}")
+    if damage:
         return None
     from edgeexport.parity.report import read_results
 

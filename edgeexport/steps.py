@@ -19,6 +19,7 @@ from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
+from edgeexport.checkpoint.digest import refuse_changed
 from edgeexport.console import Console
 from edgeexport.core import (
     Array,
@@ -226,6 +227,7 @@ def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
         (folder / "artifact.json").write_bytes(msgspec.json.encode(artifact))
+        refuse_changed(job.checkpoint)
 
     with console.step(f"Compiling {part.name} for {job.target.name}"):
         chosen = part.codes.digest if part.codes is not None else ""

@@ -116,3 +116,7 @@ def rehash(folder: Path, **changes: Any) -> None:
 VALID = a_manifest(
     {name: manifests.FileEntry(484, "a" * 64) for name in ("decoder.bin", "golden/text.safetensors", "é/x")}
 )
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from bundles import rehash
+from bundles import rehash, tree
 from factories import tiny_model, with_tokenizer, write_gguf
 from graphs import FAMILIES, TEXT_FAMILIES, oracle, reference_logits, write_checkpoint
 
@@ -58,10 +58,6 @@ def built(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 
 ROOT = Path(__file__).parent.parent
 ALL_MODALITIES = {"picture", "sound", "picture and sound"}
-
-
-def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def code_of(run: Any) -> tuple[str, int]:

@@ -100,7 +100,10 @@ class Cache:
     def _intact(self, place: Path) -> bool:
         try:
             digests = json.loads((place / DIGESTS).read_text())
-            return all(sha256_of(place / name) == digest for name, digest in digests.items())
+            listed = {place / name for name in digests} | {place / DIGESTS}
+            return listed == set(_files(place)) and all(
+                sha256_of(place / name) == digest for name, digest in digests.items()
+            )
         except (OSError, ValueError, AttributeError):
             return False
 

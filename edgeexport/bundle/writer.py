@@ -12,6 +12,7 @@ from types import TracebackType
 
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
+from edgeexport.bundle.bundle import open_bundle
 from edgeexport.bundle.files import BUFFER, sha256_of
 from edgeexport.bundle.manifest import DIGEST_FILE, FILE, FileEntry, Manifest
 
@@ -87,9 +88,11 @@ class BundleWriter:
             self.files[path] = FileEntry(place.stat().st_size, sha256_of(place))
 
     def commit(self, manifest: Manifest) -> Path:
-        """Write the manifest, sync everything to disk and move the bundle to its place, which is returned.
+        """Write the manifest, read it back, sync everything to disk and move the bundle to its place, which is
+        returned.
 
-        `manifest.files` must be this writer's `files`. With `force` what was there before is replaced.
+        `manifest.files` must be this writer's `files`. With `force` what was there before is replaced. Raises:
+        BundleError where what was written could not be opened.
         """
         if manifest.files != self.files:
             raise ValueError("the manifest lists other files than were added")
@@ -99,6 +102,7 @@ class BundleWriter:
             _write(self.folder / DIGEST_FILE, f"{sha256_of(self.folder / FILE)}\n".encode("ascii"))
             for folder in [*sorted(path for path in self.folder.rglob("*") if path.is_dir()), self.folder]:
                 _sync(folder)
+        open_bundle(self.folder)
         refuse_existing(self.destination, force=self.force)
         with _writing(self.destination):
             self._move()

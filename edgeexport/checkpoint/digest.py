@@ -5,10 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import string
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -95,6 +94,19 @@ def file_sha256(path: Path, progress: Progress = no_progress) -> str:
         os.close(descriptor)
 
 
+def identities(files: Sequence[Path]) -> tuple[tuple[str | int, ...], ...]:
+    """Path, inode, size and times of change of each file. Raises: CheckpointError `file-unreadable`."""
+    return tuple(tuple(_identity(path, _status(path))) for path in files)
+
+
+def refuse_changed(checkpoint: Checkpoint) -> None:
+    """Raises: CheckpointError `checkpoint-changed` where a weight file is not the one that was opened: what is made of
+    it would go by another's digest."""
+    for path, before, now in zip(checkpoint.files, checkpoint.identities, identities(checkpoint.files), strict=False):
+        if before != now:
+            raise errors.checkpoint_changed(path)
+
+
 def _memo(identity: list[str | int]) -> Path:
     return cache_dir() / "digests" / _sha256_of(identity)
 
@@ -104,8 +116,12 @@ def _identity(path: Path, status: os.stat_result) -> list[str | int]:
 
 
 def _size(path: Path) -> int:
+    return _status(path).st_size
+
+
+def _status(path: Path) -> os.stat_result:
     try:
-        return path.stat().st_size
+        return path.stat()
     except OSError as problem:
         raise errors.file_unreadable(path, problem.strerror or str(problem)) from problem
 
@@ -127,10 +143,15 @@ def _hash(descriptor: int, path: Path, size: int, progress: Progress) -> str:
 def _recall(memo: Path) -> str | None:
     """The remembered digest; None when there is none, or the cache is damaged and the file is to be read anew."""
     try:
-        text = memo.read_text("ascii")
+        digest, _, seal = memo.read_text("ascii").partition(" ")
     except (OSError, UnicodeDecodeError):
         return None
-    return text if len(text) == 64 and set(text) <= set(string.hexdigits) else None
+    return digest if seal == _seal(memo, digest) else None
+
+
+def _seal(memo: Path, digest: str) -> str:
+    """What a damaged memo does not have."""
+    return hashlib.sha256(f"{memo.name} {digest}".encode()).hexdigest()
 
 
 def _remember(memo: Path, digest: str) -> None:
@@ -138,7 +159,7 @@ def _remember(memo: Path, digest: str) -> None:
     try:
         memo.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=memo.parent, delete=False) as file:
-            file.write(digest)
+            file.write(f"{digest} {_seal(memo, digest)}")
         Path(file.name).replace(memo)
     except OSError:
         return

@@ -10,12 +10,14 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from edgeexport import errors
 from edgeexport.checkpoint import open_checkpoint
+from edgeexport.checkpoint.digest import identities
 from edgeexport.core import Checkpoint, Component, Geometry, OracleModel
 
 if TYPE_CHECKING:
@@ -88,6 +90,7 @@ def open_model(model: str | Path) -> tuple[Checkpoint, Family]:
     from edgeexport.families.settled import settle
 
     checkpoint = open_checkpoint(model)
+    checkpoint = replace(checkpoint, identities=identities(checkpoint.files))
     family = find(checkpoint.model_type)
     return settle(checkpoint, family), family
 

@@ -88,9 +88,22 @@ def _cached_weights() -> Path:
     adaptor = file_sha256(ADAPTOR)
     key = hashlib.sha256("\n".join((LAYOUT, VISION.sha256, AUDIO.sha256, adaptor)).encode()).hexdigest()
     path = cache_dir() / "models" / f"{NAME}-{key[:16]}" / "model.safetensors"
-    if not path.is_file():
+    if not _intact(path):
         _write(path, tower_weights() | adaptor_weights())
     return path.resolve()
+
+
+def _intact(path: Path) -> bool:
+    """Whether the file is the one that was written: its digest lies beside it."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == _digest_of(path).read_text("ascii")
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _digest_of(path: Path) -> Path:
+    return path.with_name(f"{path.name}.sha256")
 
 
 def tower_weights() -> dict[str, Array]:
@@ -118,8 +131,12 @@ def _write(path: Path, weights: Mapping[str, Array]) -> None:
     data = save({name: np.ascontiguousarray(value) for name, value in weights.items()})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(data)
-        Path(file.name).replace(path)
+        for place, content in (
+            (path, data),
+            (_digest_of(path), hashlib.sha256(data).hexdigest().encode("ascii")),
+        ):
+            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+                file.write(content)
+            Path(file.name).replace(place)
     except OSError as problem:
         raise errors.cache_not_writable(path.parent, problem.strerror or str(problem)) from problem
