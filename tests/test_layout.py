@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "canonical": BASE,
     "quant": BASE | {"packing", "checkpoint.packed", "checkpoint.weights"},
     "backends": BASE | {"packing", "canonical.dialect", "tokenizer_json"},
-    "backends.litert_cache": {"paths"},
+    "backends.litert_cache": {"checkpoint.digest", "paths"},
     "session": BASE,
     "bundle": BASE | {"session", "backends", "paths"},
     "parity": BASE

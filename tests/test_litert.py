@@ -386,8 +386,15 @@ def test_packed_weights_of_another_model_are_never_used(tmp_path: Path, monkeypa
     bundle, first = shipped_llama(tmp_path / "a", seed=1)
     other, second = shipped_llama(tmp_path / "b", seed=2)
     assert (answer(bundle, first), answer(bundle, first)) == (answer(bundle, first),) * 2  # packed, then as kept
-    kept = {path.name for path in (own_cache / "xnnpack").iterdir()}
-    assert len(kept) == 1
+    whole, known = (bundle / "decoder.tflite").read_bytes(), answer(bundle, first)
+    (kept,) = (path.stem for path in (own_cache / "xnnpack").glob("*.sha256"))
+    packed = own_cache / "xnnpack" / kept
+    data = packed.read_bytes()
+    for at in np.random.default_rng(2).integers(0, 8 * len(data), 20).tolist():  # one bit turns, wherever
+        flipped = bytearray(data)
+        flipped[at // 8] ^= 1 << at % 8
+        packed.write_bytes(flipped)
+        assert answer(bundle, first) == known
 
     moved = (other / "decoder.tflite").read_bytes()
     (bundle / "decoder.tflite").write_bytes(moved)  # the same shapes, and a manifest that does not know
@@ -395,10 +402,13 @@ def test_packed_weights_of_another_model_are_never_used(tmp_path: Path, monkeypa
     assert answer(bundle, second) == want
     (bundle / "manifest.json").write_bytes((other / "manifest.json").read_bytes())
     assert answer(bundle, second) == want
+    (bundle / "decoder.tflite").write_bytes(whole)  # and what that one left behind poisons nothing
+    assert answer(bundle, first) == known
+    (bundle / "decoder.tflite").write_bytes(moved)
 
     from edgeexport.backends import litert_cache
 
-    stale = own_cache / "xnnpack" / kept.pop()
+    stale = own_cache / "xnnpack" / kept
     monkeypatch.setattr(litert_cache, "_kept", lambda model: stale)
     assert answer(bundle, second) != want, "the runtime notices now: the names of kept files may be simpler"
 

@@ -3,13 +3,13 @@
 XNNPACK packs every weight anew for each signature, in memory, unless it is given a file: on SmolLM2-135M in float32
 1.9 GB and 10 s become 0.3 GB and 2.7 s, and 0.06 GB and 0.3 s when the file is there already. It takes any file whose
 weights have the same shapes, and computes with another model's numbers without a word. So a kept file is named by the
-sha256 that the bundle's manifest gives for the model, and by the model file's own size and time.
+sha256 of the model file itself, whatever a manifest says of it, and is used only where it has the digest that it was
+kept with. Both digests are remembered for as long as a file stays what it was.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +17,8 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from edgeexport import errors
+from edgeexport.checkpoint.digest import file_sha256
 from edgeexport.paths import cache_dir
 
 LIMIT_BYTES = 8 << 30
@@ -31,9 +33,9 @@ def weight_cache(model: Path) -> Iterator[Path]:
     gone when this ends, and its bytes when the runtime has closed it.
     """
     kept = _kept(model)
-    if kept is not None and kept.exists():
+    if kept is not None and _intact(kept):
         with suppress(OSError):
-            os.utime(kept)
+            os.utime(_digest_of(kept))  # not its own time: its digest is remembered by that
         yield kept
         return
     if kept is None or not _made(kept.parent):
@@ -44,8 +46,8 @@ def weight_cache(model: Path) -> Iterator[Path]:
     partial.unlink(missing_ok=True)  # a killed process's, whose number is ours now
     try:
         yield partial
-        with suppress(OSError):  # nothing was packed, or another process was first
-            partial.replace(kept)
+        with suppress(OSError, errors.CheckpointError):  # nothing was packed
+            _keep(partial, kept)
             _prune(kept.parent)
     finally:
         partial.unlink(missing_ok=True)
@@ -53,14 +55,33 @@ def weight_cache(model: Path) -> Iterator[Path]:
 
 def _kept(model: Path) -> Path | None:
     """Where the packed weights of a bundle's model are kept; None for a model without a manifest."""
-    try:
-        manifest = json.loads((model.parent / "manifest.json").read_bytes())
-        digest = str(manifest["files"][model.name]["sha256"])
-        stat = model.stat()
-    except (OSError, ValueError, KeyError, TypeError):
+    if not (model.parent / "manifest.json").is_file():
         return None
-    parts = (digest, stat.st_size, stat.st_mtime_ns, version("ai-edge-litert"))
+    try:
+        parts = (file_sha256(model), version("ai-edge-litert"))
+    except errors.CheckpointError:  # it cannot be read, which the runtime will say
+        return None
     return cache_dir() / "xnnpack" / hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _keep(partial: Path, kept: Path) -> None:
+    """Give what was packed its lasting name. Without its digest beside it, it is as good as not there."""
+    digest = file_sha256(partial)
+    _digest_of(kept).unlink(missing_ok=True)
+    partial.replace(kept)
+    _digest_of(kept).write_text(digest)
+
+
+def _intact(kept: Path) -> bool:
+    """Whether these are the bytes that were kept."""
+    try:
+        return file_sha256(kept) == _digest_of(kept).read_text("ascii")
+    except (OSError, UnicodeDecodeError, errors.CheckpointError):
+        return False
+
+
+def _digest_of(kept: Path) -> Path:
+    return kept.with_name(f"{kept.name}.sha256")
 
 
 def _made(folder: Path) -> bool:
@@ -73,9 +94,11 @@ def _made(folder: Path) -> bool:
 
 def _prune(folder: Path) -> None:
     """Remove the files used longest ago until the rest is within the limit."""
-    files = sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)
+    digests = sorted(folder.glob("*.sha256"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
-    for path in files:
-        total += path.stat().st_size
+    for path in digests:
+        kept = path.with_suffix("")
+        total += kept.stat().st_size
         if total > LIMIT_BYTES:
             path.unlink(missing_ok=True)
+            kept.unlink(missing_ok=True)
