@@ -574,6 +574,53 @@ def head_not_tied(path: Path, head: str, table: str) -> Finding:
     )
 
 
+def unread_tensors(path: Path, names: Sequence[str]) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "unread-tensors",
+            f"{len(names)} of the checkpoint's tensors belong to no part of the model",
+            path,
+            f"{', '.join(names[:3])}{' and more' if len(names) > 3 else ''}: of another architecture, or adapters",
+            "check model_type in config.json; merge adapters (PEFT's merge_and_unload), or remove what is left over",
+        )
+    )
+
+
+def adapter_not_merged(path: Path) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "adapter-not-merged",
+            "the folder holds an adapter (adapter_config.json)",
+            path,
+            "transformers would apply it to the weights; a bundle holds one set of weights",
+            "merge it (PEFT: model.merge_and_unload().save_pretrained(...)) and give that folder",
+        )
+    )
+
+
+def token_beyond_model(path: Path, what: str, token: int, vocab: int) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "token-beyond-model",
+            f"{what} has the id {token}, and the model's embedding has {vocab} rows",
+            path,
+            "the tokenizer and the weights are not of one model",
+            "use the model's own tokenizer and generation_config.json, or weights whose embedding was resized for it",
+        )
+    )
+
+
+def tokenizer_larger(path: Path, tokens: int, vocab: int) -> Finding:
+    return Finding(
+        "warning",
+        "tokenizer-larger",
+        f"the tokenizer has {tokens} tokens, and the model's embedding {vocab} rows",
+        str(path),
+        "a prompt with one of the others is refused when it is run",
+        "use the model's own tokenizer, or weights whose embedding was resized for it",
+    )
+
+
 def missing_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(
         _error(

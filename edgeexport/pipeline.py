@@ -116,6 +116,7 @@ def build(
     cache = Cache()
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
+        step.refuse_unread(job, traced, reader)
         job, planned = choosing.choose(job, traced, reader, cache, console)
         if (result := done(job)) is not None:
             return result

@@ -6,7 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,9 +70,50 @@ def refuse_plan(plan: Mapping[str, Any], max_rss: int | None, parity: str) -> No
 
 
 def read_tokenizer(job: Job) -> list[Finding]:
-    """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks."""
-    remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(job.checkpoint.path)]
+    """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks.
+
+    Raises: CheckpointError `tokenizer-unusable`, `token-beyond-model`."""
+    try:
+        return _judged_tokenizer(job)
+    except errors.BundleError as problem:  # which it is where a session opens it
+        raise errors.CheckpointError(*problem.findings) from problem
+
+
+def _judged_tokenizer(job: Job) -> list[Finding]:
+    path, vocab = job.checkpoint.path, job.family.geometry(job.checkpoint.config).vocab
+    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
+    remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(path)]
+    if tokenizer.vocab > vocab:
+        remarks.append(errors.tokenizer_larger(path, tokenizer.vocab, vocab))
+    for what, tokens in _certain(job, tokenizer).items():
+        if beyond := [token for token in tokens if not 0 <= token < vocab]:
+            raise errors.token_beyond_model(path, what, beyond[0], vocab)
     return remarks + job.text_tables[1]
+
+
+def _certain(job: Job, tokenizer: Tokenizer) -> dict[str, Sequence[int]]:
+    """Ids that a prompt or an answer is certain to have, by what gives them."""
+    found = {"what ends an answer": job.special_tokens.stop_ids, "what begins a text": tokenizer.encode("a")}
+    if job.chat_template is not None:
+        with suppress(errors.EdgeExportError):  # a template that fails is said where it is asked
+            text = job.chat_template.render([{"role": "user", "content": "a"}])
+            found["the chat template's text"] = tokenizer.encode(text, add_special_tokens=False)
+    return found
+
+
+def refuse_unread(job: Job, parts: Sequence[Built], reader: WeightReader) -> None:
+    """Raises: CheckpointError `unread-tensors` where the checkpoint has tensors that no part of the model reads, biases
+    of zeros apart, which some tools (AutoGPTQ) give every matrix that they quantise."""
+    tensors = job.checkpoint.tensors
+    used = {ref.name for part in parts for model in part.models for ref in model.weights.values()}
+
+    def adds_nothing(name: str) -> bool:
+        shape = tensors[name].shape
+        return name.endswith(".bias") and len(shape) == 1 and not reader.rows(tensors[name], 0, shape[0]).any()
+
+    spare = tensors.keys() - used - job.family.unused(job.checkpoint)
+    if left := sorted(name for name in spare if not adds_nothing(name)):
+        raise errors.unread_tensors(job.checkpoint.path, left)
 
 
 def rounded_anew(plan: Mapping[str, Any]) -> list[Finding]:

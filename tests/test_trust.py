@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import tree
+from safetensors.numpy import load_file, save_file
 
 from edgeexport import backends, build, errors
 from edgeexport.bundle.cache import Cache
@@ -104,6 +106,41 @@ def test_assembled_weights_that_were_damaged_are_assembled_anew(
     for bit in range(0, 8 * 64, 5):
         flip(assemble._digest_of(path), bit)
         assert assemble._cached_weights().read_bytes() == whole
+
+
+def test_what_headers_tell_is_said_before_any_weight_is_read(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(name: str, change: Any) -> tuple[str, int]:
+        folder = shutil.copytree(checkpoint, tmp_path / name)
+        change(folder)
+        with pytest.raises(errors.EdgeExportError) as caught:
+            build(str(folder), "host-ort", tmp_path / "out", quant="int8", context=CONTEXT, parity="L1")
+        return caught.value.findings[0].code, caught.value.exit_code
+
+    def another(folder: Path, name: str) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | {name: np.ones((4, 4), np.float32)}, folder / "model.safetensors", {"format": "pt"})
+
+    def without(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+    def stops_at(token: Any) -> Any:
+        return lambda folder: (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
+
+    compiled: list[str] = []
+    monkeypatch.setattr(backends.load("onnxruntime"), "compile", lambda *given: compiled.append("compiled"))
+    lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert odd("left over", lambda folder: another(folder, lora)) == ("unread-tensors", 3)
+    assert odd("missing", without) == ("missing-tensor", 3)
+    assert odd("adapter", lambda folder: (folder / "adapter_config.json").write_text("{}")) == ("adapter-not-merged", 3)
+    assert odd("eos", stops_at(320)) == ("token-beyond-model", 3)
+    assert odd("eos of 2^64", stops_at(2**64))[1] == 3
+    assert odd("eos below 0", stops_at(-1))[1] == 3
+    assert odd("eos as text", stops_at("257"))[1] == 3
+    assert not compiled and not (tmp_path / "out").exists()
 
 
 def test_an_entry_of_the_cache_that_was_damaged_is_made_anew(tmp_path: Path) -> None:

@@ -25,10 +25,13 @@ TEMPLATE = "chat_template.jinja"
 def open_folder(folder: Path, name: str) -> Checkpoint:
     """The checkpoint in a folder; only config.json, generation_config.json and the weights' headers are read.
 
-    Raises `missing-config`, `bad-json`, `file-too-large`, `missing-model-type`, `remote-code`, `path-escapes`, and what
-    `safetensors.read_folder` and `quantised.logical` raise. Of a checkpoint that comes quantised the tensors are its
-    logical matrices, and `quantization_config` is not in the configuration any more.
+    Raises `adapter-not-merged`, `missing-config`, `bad-json`, `file-too-large`, `missing-model-type`, `remote-code`,
+    `path-escapes`, and what `safetensors.read_folder` and `quantised.logical` raise. Of a checkpoint that comes
+    quantised the tensors are its logical matrices, and `quantization_config` is not in the configuration any more.
     """
+    adapter = find(folder, "adapter_config.json")
+    if adapter is not None:
+        raise errors.adapter_not_merged(adapter)
     config = _read_config(folder)
     generation_path = find(folder, "generation_config.json")
     generation = read_object(generation_path, CONFIG_LIMIT) if generation_path is not None else {}

@@ -72,6 +72,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "head": "lm_head.weight",
         "table": "model.embed_tokens.weight",
     },
+    "unread_tensors": {"path": Path("models/tiny"), "names": ["a.lora_A.weight", "a.lora_B.weight", "b", "c"]},
+    "adapter_not_merged": {"path": Path("models/tiny/adapter_config.json")},
+    "token_beyond_model": {"path": Path("models/tiny"), "what": "eos_token", "token": 257, "vocab": 256},
+    "tokenizer_larger": {"path": Path("models/tiny"), "tokens": 258, "vocab": 256},
     "quantised_anew": {
         "path": Path("models/tiny"),
         "count": 63,
