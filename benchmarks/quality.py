@@ -240,7 +240,7 @@ def importance(job: Job, model: CanonicalModel, reader: WeightReader) -> dict[st
 
     graph = StreamedGraph(model, tapped=True, slots=calibration.LENGTH)
     own = replace(job, calibration=Calibration.of("search", None))
-    values = graph.begin([call.inputs() for call in choosing.calibration_calls(own, [], reader)])
+    values = graph.begin(choosing.calibration_calls(own, [], reader))
     sums: dict[str, list[Any]] = {}
 
     def tap(name: str, x: Array) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,6 @@ import numpy as np
 from edgeexport import backends, errors, quant
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
-from edgeexport.checkpoint.digest import refuse_changed
 from edgeexport.console import Console
 from edgeexport.core import Array, Example, QuantPlan
 from edgeexport.job import Job, code_digest, tool_versions
@@ -23,7 +23,7 @@ from edgeexport.memory import give_back
 from edgeexport.quant import budget
 from edgeexport.quant.budget import PROBE, Budget, Choice
 from edgeexport.quant.calibration import LENGTH, METHODS, TOKENS, Calibration, Document, default_method
-from edgeexport.quant.codes import CodeStore, load_index
+from edgeexport.quant.codes import CodeStore, load_index, write_whole
 from edgeexport.quant.schemes import AUTO
 from edgeexport.quant.smoothing import FILE as SMOOTHING
 from edgeexport.quant.smoothing import Smoothing
@@ -31,7 +31,6 @@ from edgeexport.session.audio import read_wav
 from edgeexport.session.image_file import read_image
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.runner import Call
-from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.steps import DECODER, Built, decoder_of, plan_weights, shown
 from edgeexport.units import format_bytes
 
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from edgeexport import sensitivity
     from edgeexport.canonical.streaming import Rows
 
+UNITS = "units.json"
 SHORT_TOKENS = 64
 SHORT_WORK = 2e13
 """What a measurement of formats feeds each variant of a model: sequences of so many tokens, six or fewer; weights times
@@ -95,13 +95,12 @@ def _chosen(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache
 
     def fill(folder: Path) -> None:
         found = priced(replace(job, calibration=texts), parts, task, reader, work, console)
-        (folder / "units.json").write_bytes(msgspec.json.encode(found))
-        refuse_changed(job.checkpoint)
+        write_whole(folder, UNITS, msgspec.json.encode(found).decode())
 
     title = f"Measuring what each matrix of {job.checkpoint.name} loses"
     with console.step(title), cache.workplace("sensitivity", named) as work:
         folder, _ = cache.folder("sensitivity", named, fill)
-    units = msgspec.json.decode((folder / "units.json").read_bytes(), type=list[budget.Unit])
+    units = _read_units(folder)
     elsewhere = [part for part in parts if part.name != DECODER]
     units = [_everywhere(unit, elsewhere) for unit in units]
     own = {name for unit in units for name in unit.options[0].formats}
@@ -124,21 +123,27 @@ def priced(
     model = decoder_of(parts).models[0]
     rows = calibration.rows_of(model, reader.rows)
     listed = sensitivity.units(task)
-    with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
-        units = sensitivity.measure(task, short_calls(job, parts, reader, len(listed)), rows, work / "kl", progress)
+    measured = work / UNITS  # a killed run's, that ended among GPTQ's stages
+    if measured.is_file():
+        units = _read_units(work)
+    else:
+        with console.progress(f"Measuring {job.checkpoint.name}", unit="steps") as progress:
+            calls = short_calls(job, parts, reader, len(listed))
+            units = sensitivity.measure(task, calls, rows, work / "kl", progress)
+        write_whole(work, UNITS, msgspec.json.encode(units).decode())
     if job.calibration.method != "gptq":
         return units
     formats = {name: task.probe(name) for names in listed for name in names}
     plan = QuantPlan(PROBE, task.classes, formats)
     probe = calibration.Task(model, plan, "gptq", calibration.wanted(model, plan), job.calibration.device)
     with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
-
-        def calls() -> list[Mapping[str, Array]]:
-            return [call.inputs() for call in calibration_calls(job, parts, reader)]
-
-        store = calibration.run(probe, calls, rows, work / "gptq", progress)
+        store = calibration.run(probe, partial(calibration_calls, job, parts, reader), rows, work / "gptq", progress)
     shares = {name: entry.share for name, entry in store.entries.items() if entry.share is not None}
     return sensitivity.by_gptq(units, shares)
+
+
+def _read_units(folder: Path) -> list[budget.Unit]:
+    return msgspec.json.decode((folder / UNITS).read_bytes(), type=list[budget.Unit])
 
 
 def _everywhere(unit: budget.Unit, parts: Sequence[Built]) -> budget.Unit:
@@ -159,7 +164,7 @@ def short_calls(job: Job, parts: Sequence[Built], reader: WeightReader, units: i
     count = max(2, min(6, int(SHORT_WORK / (units * weights * SHORT_TOKENS))))
     calls = calibration_calls(job, parts, reader, tokens=1, length=SHORT_TOKENS, shows=False)
     step = len(calls) / min(count, len(calls))
-    return [calls[int(at * step)].inputs() for at in range(min(count, len(calls)))]
+    return [calls[int(at * step)] for at in range(min(count, len(calls)))]
 
 
 def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache, console: Console) -> list[Built]:
@@ -179,10 +184,9 @@ def smooth(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cache,
 
     def fill(folder: Path) -> None:
         with console.progress(f"Smoothing {job.checkpoint.name}", unit="steps") as progress:
-            calls = [call.inputs() for call in calibration_calls(job, parts, reader)]
+            calls = calibration_calls(job, parts, reader)
             found = smoothing.run(model, decoder.plan, calls, calibration.rows_of(model, reader.rows), progress)
         (folder / SMOOTHING).write_bytes(found.to_json())
-        refuse_changed(job.checkpoint)
 
     with console.step(f"Smoothing {job.checkpoint.name}"):
         folder, _ = cache.folder("smoothing", named, fill)
@@ -208,13 +212,8 @@ def calibrate(job: Job, parts: Sequence[Built], reader: WeightReader, cache: Cac
         task = calibration.Task(model, decoder.plan, method, names, job.calibration.device)
         with console.progress(f"Calibrating {job.checkpoint.name}", unit="steps") as progress:
             smoothed = _smoothed(calibration.rows_of(model, reader.rows), decoder.smoothing)
-
-            def calls() -> list[Mapping[str, Array]]:
-                return [call.inputs() for call in calibration_calls(job, parts, reader)]
-
-            store = calibration.run(task, calls, smoothed, work, progress)
-        refuse_changed(job.checkpoint)
-        store.move(folder)
+            calls = partial(calibration_calls, job, parts, reader)
+            calibration.run(task, calls, smoothed, work, progress).move(folder)
 
     # two builds of one model calibrate it once: the second waits, and finds the codes filed
     with console.step(f"Calibrating {job.checkpoint.name} by {method}"), cache.workplace("calibrate", named) as work:
@@ -231,7 +230,7 @@ def _smoothed(rows: Rows, smoothing: Smoothing) -> Rows:
 def calibration_calls(
     job: Job, parts: Sequence[Built], reader: WeightReader, *, tokens: int = TOKENS, length: int = LENGTH,
     shows: bool = True,
-) -> list[Call]:  # fmt: skip
+) -> list[Mapping[str, Array]]:  # fmt: skip
     """What a decoder is fed while it is calibrated: about `tokens` of the calibration's texts in sequences of `length`
     at most and, where the model sees or hears and this `shows` it any, the conversations with pictures and sounds and
     the ladder's own, through the model's own encoders. Raises: UsageError `calibration-unusable`, and what is wrong
@@ -241,7 +240,6 @@ def calibration_calls(
     from edgeexport.quant import calibration
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
 
     def encode(document: calibration.Document) -> list[int]:
         text = document.text
@@ -250,7 +248,7 @@ def calibration_calls(
                 text = job.chat_template.render(document.messages, add_generation_prompt=False)
             else:
                 text = "\n\n".join(str(message["content"]) for message in document.messages)
-        return [token for token in tokenizer.encode(text) if token < vocab]
+        return [token for token in job.tokenizer.encode(text) if token < vocab]
 
     found = calibration.sequences(job.calibration.sources, encode, job.context, tokens, length)
     examples = [Example(each) for each in found]
@@ -258,7 +256,7 @@ def calibration_calls(
         strangers = [each.where for each in _with_media(job.calibration)]
         if strangers:
             raise errors.calibration_unusable(Path(strangers[0]), f"{job.checkpoint.name} neither sees nor hears")
-        return [Call(each.tokens, 0) for each in examples]
+        return [Call(each.tokens, 0).inputs() for each in examples]
 
     graphs: dict[tuple[str, str], StreamedGraph] = {}
 
@@ -268,14 +266,14 @@ def calibration_calls(
         graph = graphs.setdefault((component, variant), StreamedGraph(model))
         return graph.run([inputs], rows_of(model, reader.rows)).outputs[0]
 
-    calls = []
+    calls: list[Mapping[str, Array]] = []
     inputs = Inputs(job.contract, run)
     if shows:
         examples += [_seen(document, encode(document), inputs, job) for document in _with_media(job.calibration)]
         examples += [case.example for case in shown(job).values()]
     for each in examples:
         fed = inputs.feed(each.tokens, [inputs.encode(prepared) for prepared in each.encoder_inputs], 0)
-        calls.append(Call(fed.embeds, 0, fed.rope))
+        calls.append(Call(fed.embeds, 0, fed.rope).inputs())
     give_back()
     return calls
 

@@ -20,7 +20,7 @@ from edgeexport.quant.calibration import Calibration
 from edgeexport.samples import Samples
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.preprocess import Preprocess
-from edgeexport.session.tokenizer import SpecialTokens, special_tokens
+from edgeexport.session.tokenizer import SpecialTokens, Tokenizer, special_tokens
 from edgeexport.text_tables.files import table_files
 
 ROUNDED = Calibration("none")
@@ -60,6 +60,11 @@ class Job:
         is missing, as in transformers."""
         stand_in = {"eos_token_id": self.checkpoint.config.get("eos_token_id")}
         return special_tokens({"generation_config.json": json.dumps(stand_in).encode(), **self.tokenizer_files})
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises: BundleError `tokenizer-unusable`."""
+        return Tokenizer(self.tokenizer_files["tokenizer.json"])
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:

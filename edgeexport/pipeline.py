@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +114,7 @@ def build(
     if plan["scheme"] != AUTO.name or choice is not None:  # else what is there may be what will be chosen
         refuse_existing(destination, force=force)
 
-    cache = Cache()
+    cache = Cache(check=partial(refuse_changed, checkpoint))
     with WeightReader() as reader:
         traced = step.trace(job, cache, console)
         step.refuse_unread(job, traced, reader)

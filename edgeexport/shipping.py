@@ -215,12 +215,11 @@ def _write_golden(job: Job, climb: Climb, shown: Mapping[str, Shown], writer: Bu
 
 def _write_chat(job: Job, writer: BundleWriter) -> str | None:
     """Conversations with their tokens, for a model that has a chat template; gives the file's name."""
-    from edgeexport.session.tokenizer import Tokenizer
 
     template = job.chat_template
     if template is None or "strftime_now" in template.source:  # a text with today's date is another one tomorrow
         return None
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"], "tokenizer.json")
+    tokenizer = job.tokenizer
     pictures = job.contract is not None and job.contract.joining == "splice"
     writer.add_bytes(conformance.CHAT, pretty(conformance.chat_turns(template, tokenizer, pictures=pictures)))
     return conformance.CHAT

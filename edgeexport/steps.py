@@ -19,7 +19,6 @@ from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
-from edgeexport.checkpoint.digest import refuse_changed
 from edgeexport.console import Console
 from edgeexport.core import (
     Array,
@@ -32,11 +31,11 @@ from edgeexport.core import (
     QuantPlan,
     TensorRef,
 )
+from edgeexport.families.decoder import unread_tensors
 from edgeexport.job import Job
 from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.quant.source import PlannedWeights, no_samples
-from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -81,38 +80,30 @@ def read_tokenizer(job: Job) -> list[Finding]:
 
 def _judged_tokenizer(job: Job) -> list[Finding]:
     path, vocab = job.checkpoint.path, job.family.geometry(job.checkpoint.config).vocab
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
     remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(path)]
-    if tokenizer.vocab > vocab:
-        remarks.append(errors.tokenizer_larger(path, tokenizer.vocab, vocab))
-    for what, tokens in _certain(job, tokenizer).items():
+    if job.tokenizer.vocab > vocab:
+        remarks.append(errors.tokenizer_larger(path, job.tokenizer.vocab, vocab))
+    for what, tokens in _certain(job).items():
         if beyond := [token for token in tokens if not 0 <= token < vocab]:
             raise errors.token_beyond_model(path, what, beyond[0], vocab)
     return remarks + job.text_tables[1]
 
 
-def _certain(job: Job, tokenizer: Tokenizer) -> dict[str, Sequence[int]]:
+def _certain(job: Job) -> dict[str, Sequence[int]]:
     """Ids that a prompt or an answer is certain to have, by what gives them."""
-    found = {"what ends an answer": job.special_tokens.stop_ids, "what begins a text": tokenizer.encode("a")}
+    found = {"what ends an answer": job.special_tokens.stop_ids, "what begins a text": job.tokenizer.encode("a")}
     if job.chat_template is not None:
         with suppress(errors.EdgeExportError):  # a template that fails is said where it is asked
             text = job.chat_template.render([{"role": "user", "content": "a"}])
-            found["the chat template's text"] = tokenizer.encode(text, add_special_tokens=False)
+            found["the chat template's text"] = job.tokenizer.encode(text, add_special_tokens=False)
     return found
 
 
 def refuse_unread(job: Job, parts: Sequence[Built], reader: WeightReader) -> None:
-    """Raises: CheckpointError `unread-tensors` where the checkpoint has tensors that no part of the model reads, biases
-    of zeros apart, which some tools (AutoGPTQ) give every matrix that they quantise."""
-    tensors = job.checkpoint.tensors
+    """Raises: CheckpointError `unread-tensors` where the checkpoint has tensors that no part of the model reads."""
+    tensors, unused = job.checkpoint.tensors, job.family.unused(job.checkpoint)
     used = {ref.name for part in parts for model in part.models for ref in model.weights.values()}
-
-    def adds_nothing(name: str) -> bool:
-        shape = tensors[name].shape
-        return name.endswith(".bias") and len(shape) == 1 and not reader.rows(tensors[name], 0, shape[0]).any()
-
-    spare = tensors.keys() - used - job.family.unused(job.checkpoint)
-    if left := sorted(name for name in spare if not adds_nothing(name)):
+    if left := unread_tensors(tensors, used, unused, lambda name, *rows: reader.rows(tensors[name], *rows)):
         raise errors.unread_tensors(job.checkpoint.path, left)
 
 
@@ -248,7 +239,7 @@ def tokens_of(job: Job, text: Path) -> Array:
         written = text.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         raise errors.text_unreadable(text, str(problem)) from problem
-    tokens = Tokenizer(job.tokenizer_files["tokenizer.json"]).encode(written)
+    tokens = job.tokenizer.encode(written)
     if len(tokens) < 2:
         raise errors.text_unreadable(text, "it has fewer than two tokens")
     return np.array(tokens, np.int64)
@@ -268,7 +259,6 @@ def _compiled(job: Job, part: Built, reader: WeightReader, cache: Cache, console
         with console.progress(f"Writing weights of {part.name}", unit="steps") as progress:
             artifact = backend.compile(part.models, job.target, part.plan, source, folder, progress)
         (folder / "artifact.json").write_bytes(msgspec.json.encode(artifact))
-        refuse_changed(job.checkpoint)
 
     with console.step(f"Compiling {part.name} for {job.target.name}"):
         chosen = part.codes.digest if part.codes is not None else ""
@@ -324,7 +314,7 @@ def climb(
         return lambda variant: runner.read_signature(*part.files, variant)
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
-    tokenizer = Tokenizer(job.tokenizer_files["tokenizer.json"])
+    tokenizer = job.tokenizer
     by_name = {part.name: part.files for part in parts}
     half = job.target.precision == "float16"
     subject = Subject(

@@ -183,7 +183,7 @@ def test_what_a_matrix_loses_is_what_transformers_says(checkpoint: Path, model: 
     assert compared > 4
 
 
-def test_what_gptq_makes_up_for_costs_nothing() -> None:
+def test_what_gptq_makes_up_for_costs_less() -> None:
     def option(fmt: str, kl: float, carried: bool = False) -> Option:
         return Option({"q": fmt, "k": fmt}, 10, kl, carried)
 

@@ -48,6 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "canonical.dialect",
         "canonical.streaming",
         "canonical.trace",
+        "families.decoder",
         "families.stages",
         "quant.stats",
         "session",

@@ -34,7 +34,9 @@ def key(*parts: object) -> str:
 class Cache:
     """Folders by (step, key) under the cache directory."""
 
-    def __init__(self, root: Path | None = None) -> None:
+    def __init__(self, root: Path | None = None, *, check: Callable[[], None] = lambda: None) -> None:
+        """`check` raises where what entries are made of is not what it was: it is asked before one is filed."""
+        self._check = check
         self._root = (root or cache_dir()) / "steps"
         self._unfinished = self._root.with_name("unfinished")
 
@@ -42,7 +44,7 @@ class Cache:
         """The entry's folder, and whether it was there already; else `fill` writes it.
 
         An entry whose files no longer have the digests they were filed with is thrown away and filled again.
-        Raises: UsageError `output-not-writable`, and whatever `fill` raises.
+        Raises: UsageError `output-not-writable`, and whatever `fill` and the cache's `check` raise.
         """
         place = self._root / step / key
         if not force and self._intact(place):
@@ -57,6 +59,7 @@ class Cache:
             raise errors.output_not_writable(self._root, str(problem)) from problem
         try:
             fill(partial)
+            self._check()
             digests = {path.relative_to(partial).as_posix(): sha256_of(path) for path in _files(partial)}
             (partial / DIGESTS).write_text(json.dumps(digests))
             # What is there is removed as late as can be: another build may have filed the same entry meanwhile.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -226,6 +226,22 @@ def missing_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str,
     ]
     if problems:
         raise errors.CheckpointError(*problems)
+
+
+def unread_tensors(
+    tensors: Mapping[str, TensorRef],
+    used: Set[str],
+    unused: Set[str],
+    rows: Callable[[str, int, int], Array],
+) -> list[str]:
+    """The checkpoint's tensors that no part of the model reads, sorted: neither `used` nor rightly `unused`, nor a bias
+    of zeros, as some tools (AutoGPTQ) give every matrix that they quantise."""
+
+    def adds_nothing(name: str) -> bool:
+        shape = tensors[name].shape
+        return name.endswith(".bias") and len(shape) == 1 and not rows(name, 0, shape[0]).any()
+
+    return sorted(name for name in tensors.keys() - used - unused if not adds_nothing(name))
 
 
 def _kernel_rows(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:

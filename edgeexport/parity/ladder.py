@@ -12,6 +12,7 @@ import numpy as np
 from edgeexport import errors
 from edgeexport.bundle.golden import kl_divergence
 from edgeexport.core import LEVELS, Array, Dim, Example, ParityResult, StandIn, TensorRef, TensorSpec, Verdict
+from edgeexport.families.decoder import unread_tensors
 from edgeexport.parity import gates
 from edgeexport.parity.compare import margins, max_abs, rms, snr_db
 from edgeexport.parity.evidence import (
@@ -169,18 +170,11 @@ def _weights(evidence: Evidence, state: Climb) -> None:
             metrics = {"min_snr_db": snr, "added_zeros": max(share for _, share, *_ in found), "tensors": len(found)}
             note = f"failing: {', '.join(bad[:3])}" if bad else f"least at {worst_name}"
             state.results.append(_row(component, "L3", f"{group} {fmt_name}", metrics, gate, not bad, note))
+    left = unread_tensors(subject.tensors, used, subject.unused, subject.checkpoint_rows)
     spare = subject.tensors.keys() - used - subject.unused
-    left = sorted(name for name in spare if not _adds_nothing(subject, name))
     metrics = {"used": len(used), "left_over": len(left), "not_read": len(subject.unused) + len(spare) - len(left)}
     note = f"no part of the model reads {', '.join(left[:3])}" if left else "every tensor of the checkpoint is used"
     state.results.append(_row("model", "L3", "coverage", metrics, {"left_over": 0}, not left, note))
-
-
-def _adds_nothing(subject: Subject, name: str) -> bool:
-    """Whether a tensor that no part of the model reads is a bias of zeros, as some tools (AutoGPTQ) give every matrix
-    that they quantise."""
-    shape = subject.tensors[name].shape
-    return name.endswith(".bias") and len(shape) == 1 and not subject.checkpoint_rows(name, 0, shape[0]).any()
 
 
 def _lowering(evidence: Evidence, state: Climb) -> None:
