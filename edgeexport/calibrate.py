@@ -97,7 +97,7 @@ class _Run:
         self.state = self.borders.resume()
         if "groups" not in self.state:
             self.state = self._begun(_grouped(calls()))
-        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=self.state["slots"], alone=True)
+        self.graph: StreamedGraph = StreamedGraph(task.model, tapped=True, slots=self.state["slots"])
         self.entries: dict[str, Entry] = {}
         self.stages = task.model.stages
         self.read_by = _readers(task.model, self.stages, task.names)

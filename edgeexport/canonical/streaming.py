@@ -110,16 +110,13 @@ _Part = _Segment | _Large | _Attend
 class StreamedGraph:
     """A component's canonical graph, to be run with weights from anywhere."""
 
-    def __init__(
-        self, model: CanonicalModel, threads: int = 0, *, tapped: bool = False, slots: int = 0, alone: bool = False
-    ) -> None:
+    def __init__(self, model: CanonicalModel, threads: int = 0, *, tapped: bool = False, slots: int = 0) -> None:
         """`threads` that multiply; 0 leaves it to ONNX Runtime: one for each core. `tapped`: `advance` may be asked to
         show what multiplications are given. `slots` of the cache where calls need fewer than the graph has: attention
-        works through all of them. `alone`: each multiplication by itself, however small, for all calls at once."""
+        works through all of them."""
         self._model = model
         self._threads = threads
         self._tapped = tapped
-        self._least_bytes = 0 if alone else LARGE_BYTES
         self._slots = slots
         self._graph: ir.Graph = model.graph.graph
         self._inputs = {str(value.name): value for value in self._graph.inputs}
@@ -292,7 +289,7 @@ class StreamedGraph:
         if found is None:
             return None
         name = str(found.weight.name)
-        if 4 * self._model.weights[name].elements <= self._least_bytes:
+        if 4 * self._model.weights[name].elements <= LARGE_BYTES:
             return None
         return _Large(node, name, found.input, found.output)
 
