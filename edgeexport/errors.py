@@ -1818,12 +1818,15 @@ def nothing_compared(level: str, why: str) -> ParityError:
 def parity_failed(row: ParityResult) -> Finding:
     measured = ", ".join(f"{name} {value:.6g}" for name, value in row.metrics.items())
     asked = ", ".join(f"{name} {value:.6g}" for name, value in row.gate.items())
+    judged = [f"measured {measured}; the gate is {asked}"] if row.metrics else []
+    rounding = "try a finer scheme with --quant, or read docs/parity.md on loosening a gate with a why"
+    lowering = "no scheme mends this: please report the model and the target"
     return _error(
         "parity-failed",
         f"{row.component} fails {row.level}: {row.output}",
         f"{row.component} {row.level}",
-        f"measured {measured}; the gate is {asked}" + (f"; {row.note}" if row.note else ""),
-        "no bundle was written; try a finer scheme with --quant, or read docs/parity.md on loosening a gate with a why",
+        "; ".join([*judged, *([row.note] if row.note else [])]),
+        f"no bundle was written; {rounding if row.level in ('L3', 'L4', 'L5') else lowering}",
     )
 
 

@@ -163,6 +163,12 @@ class Built:
         )  # fmt: skip
         return found.most_common(1)[0][0] if found else "rounded"
 
+    @property
+    def size(self) -> int:
+        """Bytes of the files of a component that has been compiled."""
+        folder, artifact = self.files
+        return sum((folder / name).stat().st_size for name in artifact.files)
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight, by the canonical graph's names."""
         return {name: ref.shape for name, ref in self.models[0].weights.items()}
@@ -336,6 +342,7 @@ def climb(
         overrides=_gates(job),
         probe=_probe(job, parts, shown, console),
         stand_in=getattr(runner, "STAND_IN", None),
+        loads=sum(part.size for part in parts),
     )
     return ladder.climb(subject, job.parity, watch)
 

@@ -21,9 +21,11 @@ from factories import tiny_model, with_tokenizer, write_gguf
 from graphs import FAMILIES, TEXT_FAMILIES, oracle, reference_logits, write_checkpoint
 
 from edgeexport import build, families, open_bundle, steps
+from edgeexport.backends.onnxruntime_runner import OnnxDecoder
 from edgeexport.bundle.verify import verify
 from edgeexport.core import LEVELS, Verdict
 from edgeexport.errors import EdgeExportError
+from edgeexport.parity import ladder
 from edgeexport.pipeline import BuildResult, export, parity
 from edgeexport.quant import SCHEMES
 
@@ -96,6 +98,34 @@ def test_every_family_and_scheme_walks_to_a_bundle(
         assert np.abs(logits - expected).max() < 1e-3
     else:
         assert np.corrcoef(logits, expected)[0, 1] > 0.9
+
+
+def test_what_its_runtime_refuses_to_run_is_no_bundle(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
+
+    def refuse(*_: Any) -> Any:
+        raise InvalidArgument("head_size must be a multiple of 8")
+
+    monkeypatch.setattr(OnnxDecoder, "step", refuse)
+    with pytest.raises(EdgeExportError, match="parity-failed") as caught:
+        build(str(checkpoints["llama"]), "host-ort", tmp_path / "out", context=CONTEXT, parity="L1")
+    (finding,) = caught.value.findings
+    assert "head_size must be a multiple of 8" in finding.why and "--quant" not in finding.fix
+    assert caught.value.exit_code == 6 and tree(tmp_path) == {}
+
+
+def test_a_large_artifact_is_run_where_that_is_asked_for(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ladder, "LOADED", 0)
+    result = build(str(checkpoints["llama"]), "host-ort", tmp_path, context=CONTEXT, parity="L3")
+    (row,) = [row for row in result.results if row.output == "runs"]
+    assert row.verdict is Verdict.NOT_RUN and "--parity L4" in row.note
+    result = build(str(checkpoints["llama"]), "host-ort", tmp_path, context=CONTEXT, parity="L4", force=True)
+    (row,) = [row for row in result.results if row.output == "runs"]
+    assert row.verdict is Verdict.PASS and row.metrics["calls"] > 8
 
 
 def test_greedy_tokens_equal_transformers(built: BuildResult, checkpoints: dict[str, Path]) -> None:

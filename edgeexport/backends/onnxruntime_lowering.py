@@ -253,12 +253,17 @@ class Lowering:
         return value
 
 
+HEAD_MULTIPLE = 8
+"""GroupQueryAttention takes no heads of another width.
+Source: onnxruntime contrib_ops/cpu/bert/group_query_attention_helper.h."""
+
 ROTARY_MULTIPLE = 16
-"""GroupQueryAttention turns no heads of another width. Source: onnxruntime contrib_ops/cpu/bert."""
+"""It turns no other number of a head's channels; of the whole head, where it turns a part. Source: the same."""
 
 
 def match_heads(attention: ir.Node) -> Heads | None:
-    """The pattern GroupQueryAttention replaces, or None.
+    """The pattern GroupQueryAttention replaces, or None: that runtime's own Attention runs then, which takes any width
+    and copies the cache.
 
     q, k = RotaryEmbedding(Transpose(...), tables, positions);  v = Transpose(...)
     Reshape(Transpose(Attention(q, TensorScatter(k), TensorScatter(v))))
@@ -270,9 +275,10 @@ def match_heads(attention: ir.Node) -> Heads | None:
     rope_k = _made_by(scatter_k.inputs[1], "RotaryEmbedding") if scatter_k else None
     if not (scatter_k and scatter_v and rope_q and rope_k):
         return None
-    cache = scatter_k.inputs[0]
-    width = cache.shape[3] if cache is not None and cache.shape is not None else 0
-    if len(rope_q.inputs) < 4 or not isinstance(width, int) or width % ROTARY_MULTIPLE:
+    width, turns = _last(scatter_k.inputs[0]), 2 * _last(rope_q.inputs[1])
+    if not width or width % HEAD_MULTIPLE:
+        return None
+    if len(rope_q.inputs) < 4 or width % ROTARY_MULTIPLE or not turns or turns % ROTARY_MULTIPLE:
         return _match_turned(attention, scatter_k, scatter_v, rope_q, rope_k)
     turned = [_made_by(value, "Transpose") for value in (rope_q.inputs[0], rope_k.inputs[0], scatter_v.inputs[1])]
     after = _only_user(attention.outputs[0], "Transpose")
@@ -337,6 +343,12 @@ def merge_groups(graph: ir.Graph, plan: QuantPlan) -> dict[ir.Node, tuple[Linear
         if fmt.integer:
             found.setdefault((item.input, fmt), []).append(item)
     return {item.node: tuple(items) for items in found.values() if len(items) > 1 for item in items}
+
+
+def _last(value: ir.Value | None) -> int:
+    """The size of the last axis; 0 where it is not known."""
+    size = value.shape[-1] if value is not None and value.shape is not None else 0
+    return size if isinstance(size, int) else 0
 
 
 def _flat(value: ir.Value | None) -> ir.Value | None:

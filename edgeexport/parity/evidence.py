@@ -121,6 +121,8 @@ class Subject:
     overrides: Mapping[str, Any]
     probe: Probe | None = None
     stand_in: StandIn | None = None
+    loads: int = 0
+    """Bytes of all artifacts."""
     smoothed: Callable[[str, int, Array], Array] = lambda name, start, rows: rows
     """Rows of a weight from `start` on, by checkpoint name, with what was moved between weights before they were
     rounded, none of which `checkpoint_rows` and `stored_rows` have."""
@@ -179,8 +181,9 @@ class Answered:
 class Evidence:
     """Runs that several levels read, each made once."""
 
-    def __init__(self, subject: Subject, watch: Watch) -> None:
-        self.subject, self.watch = subject, watch
+    def __init__(self, subject: Subject, watch: Watch, *, runs: bool = True) -> None:
+        """`runs` says whether a level asks for what the artifacts give, whatever they are."""
+        self.subject, self.watch, self.runs = subject, watch, runs
         longest = max(subject.prompts, key=lambda prompt: len(prompt.tokens))
         text = Script.of("text", replace(longest, tokens=longest.tokens[:LONGEST]))
         shown = [Script.of(name, prompt) for name, prompt in subject.shown.items()]

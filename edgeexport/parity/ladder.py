@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 RUN = ("L4", "L5")
 """The levels that run the artifacts."""
+LOADED = 256 << 20
+"""Bytes of artifacts up to which L1 runs them where no level above does: more would cost a build without the ladder
+several times its memory."""
 ROW_BLOCK = 1 << 20
 """Elements of a weight compared at a time."""
 
@@ -59,7 +62,7 @@ def climb(subject: Subject, level: str, watch: Watch) -> Climb:
     """Every level up to `level`, in order; the first level that fails ends the climb and the rest reads NOT_RUN."""
     state = Climb()
     wanted = LEVELS[: LEVELS.index(level) + 1]
-    evidence = Evidence(subject, watch)
+    evidence = Evidence(subject, watch, runs=bool({*wanted} & {*RUN}))
     rungs: Mapping[str, Callable[[Evidence, Climb], None]] = {
         "L1": _opens,
         "L2": _graph,
@@ -90,7 +93,8 @@ def _mark(state: Climb, stand_in: StandIn, parts: Iterable[str]) -> None:
 
 
 def _opens(evidence: Evidence, state: Climb) -> None:
-    """L1: the runtime opens each artifact, and its inputs and outputs are those that the canonical graph promises."""
+    """L1: the runtime opens each artifact and runs it; its inputs and outputs are those that the canonical graph
+    promises."""
     for name, part in evidence.subject.parts.items():
         for model in part.models:
             found = part.read_signature(model.variant)
@@ -103,6 +107,37 @@ def _opens(evidence: Evidence, state: Climb) -> None:
             note = f"differing: {', '.join(wrong[:3])}" if wrong else f"dialect verified; {opens}"
             title = f"signatures {model.variant}".rstrip()
             state.results.append(_row(name, "L1", title, metrics, {"differing": 0}, not wrong, note))
+    if not state.failed:
+        state.results += _runs(evidence)
+
+
+def _runs(evidence: Evidence) -> list[ParityResult]:
+    """L1: a prefill, a second chunk and single tokens give numbers, in the runtime as the artifacts ship. A runtime
+    may open a file whose shapes its kernels refuse."""
+    subject = evidence.subject
+    if subject.stand_in is not None:
+        return []  # what it refuses, the levels that run it show
+    if subject.loads > LOADED and not evidence.runs:
+        why = f"the runtime would load {subject.loads / 1e9:.1f} GB; --parity L4 runs it"
+        return [ParityResult(name, "L1", "runs", {}, {}, Verdict.NOT_RUN, why) for name in subject.parts]
+    try:
+        shipped = evidence.shipped
+    except errors.EdgeExportError:
+        raise
+    except Exception as problem:  # noqa: BLE001 - of a runtime: each has classes of its own, and they share no other
+        note = f"the runtime refused it: {' '.join(str(problem).split())[:300]}"
+        return [ParityResult("model", "L1", "runs", {}, {}, Verdict.FAIL, note)]
+    found = []
+    for name in subject.parts:
+        given = list(shipped.logits.values()) if name == DECODER else shipped.made.get(name, [])
+        if not given:
+            found.append(ParityResult(name, "L1", "runs", {}, {}, Verdict.NOT_RUN, "no prompt of the ladder uses it"))
+            continue
+        strange = sum(int(np.size(array) - np.isfinite(array).sum()) for array in given)
+        calls = sum(map(len, given)) if name == DECODER else len(given)
+        metrics = {"calls": calls, "nonfinite": strange}
+        found.append(_row(name, "L1", "runs", metrics, {"nonfinite": 0}, not strange))
+    return found
 
 
 def _fits(found: TensorSpec, promised: TensorSpec) -> bool:
