@@ -149,6 +149,8 @@ class _Run:
             self.graph.advance(stage, each_token(values) if last else values, self.rows, tap if asked else None)
             if not last:
                 self.borders.save(index + 1, number, values)
+            del values
+            give_back()
         return gathered
 
     def _readers_of_each_input(self, stage: str) -> list[tuple[str, ...]]:

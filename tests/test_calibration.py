@@ -15,6 +15,7 @@ import torch
 from edgeexport import errors
 from edgeexport.core import Array, Codes, Format
 from edgeexport.quant import FORMATS, calibration, codes
+from edgeexport.quant import gptq as gptq_module
 from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.gptq import DAMPING, PANEL, Factor, gptq, inverse_factor
 from edgeexport.quant.search import meaning, nearest, search, takes, to_codes
@@ -73,13 +74,28 @@ def test_rows_do_not_depend_on_each_other() -> None:
     torch.testing.assert_close(gptq(part, factor, search(part, strength, fmt))[0], whole[20:30], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("width", [16, PANEL, PANEL + 32, 3 * PANEL])
+@pytest.mark.parametrize("width", [1, 16, 17, PANEL, PANEL + 32, 2 * PANEL + 1, 3 * PANEL])
 def test_the_factor_is_that_of_the_inverse(width: int) -> None:
     x = correlated(width, rows=4 * width).double()
     products = x.T @ x / len(x)
     products.diagonal().add_(DAMPING * products.diagonal().mean())
     wanted = torch.linalg.cholesky(torch.linalg.inv(products), upper=True)
     torch.testing.assert_close(inverse_factor(products.flip(0, 1)), wanted, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("width", [17, 2 * PANEL + 1])
+@pytest.mark.parametrize("exact", [0, 1 << 20], ids=["float32", "float64"])
+def test_a_factor_has_strong_channels_first(width: int, exact: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gptq_module, "EXACT", exact)
+    x = correlated(width, rows=4 * width)
+    products = x.T @ x / len(x)
+    found = Factor(products.clone())
+    strengths = products.diagonal()[found.order]
+    assert bool((strengths[:-1] >= strengths[1:]).all())
+    damped = products.double()
+    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
+    wanted = torch.linalg.cholesky(torch.linalg.inv(damped[found.order][:, found.order]), upper=True)
+    torch.testing.assert_close(found.u.double(), wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
 
 
 def test_channels_that_are_fed_nothing_and_few_samples_are_no_problem() -> None:

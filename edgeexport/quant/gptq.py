@@ -37,28 +37,46 @@ class Factor:
     """What GPTQ needs of one Hessian, for all weights that read the same input: the order of the columns and U."""
 
     def __init__(self, hessian: torch.Tensor) -> None:
-        """float32 [K, K], symmetric; it is emptied, since two of a wide layer are all that there is room for. A channel
-        that was never fed anything counts for nothing."""
+        """float32 [K, K], symmetric; it is overwritten, since two of a wide layer are more than there is room for. A
+        channel that was never fed anything counts for nothing."""
         import torch
 
         diagonal = hessian.diagonal()
         diagonal[diagonal <= 0] = 1
         diagonal += DAMPING * diagonal.mean()
         self.order = torch.argsort(diagonal, descending=True, stable=True)
-        backwards = self.order.flip(0)
-        width = len(backwards)
-        kind = torch.float64 if width <= EXACT else torch.float32
-        ordered = torch.empty(width, width, dtype=kind, device=hessian.device)
-        for start in range(0, width, PANEL):
-            ordered[start : start + PANEL] = hessian[backwards[start : start + PANEL]][:, backwards]
-        hessian.untyped_storage().resize_(0)
-        self.u = inverse_factor(ordered).float()
+        _reorder(hessian, self.order.flip(0))
+        self.u = inverse_factor(hessian.double() if len(hessian) <= EXACT else hessian).float()
 
 
 def inverse_factor(backwards: torch.Tensor) -> torch.Tensor:
     """Upper U [K, K] with inverse(H) = U.T @ U, of a positive definite H whose rows and columns are given in reverse,
-    and overwritten."""
-    return _invert(_cholesky(backwards)).flip(0, 1).contiguous()
+    in its place."""
+    return _turned(_invert(_cholesky(backwards)))
+
+
+def _reorder(a: torch.Tensor, order: torch.Tensor) -> None:
+    """Rows and columns of a square matrix in this order, in its place."""
+    panels = [slice(start, start + PANEL) for start in range(0, len(a), PANEL)]
+    for panel in panels:
+        a[:, panel] = a[:, panel][order]
+    for panel in panels:
+        a[panel] = a[panel][:, order]
+
+
+def _turned(a: torch.Tensor) -> torch.Tensor:
+    """A square matrix with its rows and columns in reverse, in its place."""
+    size = len(a)
+    middle = size // 2
+    for start in range(0, middle, PANEL):
+        stop = min(middle, start + PANEL)
+        upper, lower = a[start:stop], a[size - stop : size - start]
+        kept = upper.flip(0, 1)
+        upper.copy_(lower.flip(0, 1))
+        lower.copy_(kept)
+    if size % 2:
+        a[middle].copy_(a[middle].flip(0))
+    return a
 
 
 def _cholesky(a: torch.Tensor) -> torch.Tensor:
