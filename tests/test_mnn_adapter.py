@@ -34,7 +34,7 @@ pytestmark = [
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("adapter") / "adapter.so"
     sources = [OURS / "driver.cpp", ADAPTER / "mnn_engine.cpp"]
-    sources += [CORE / "src" / f"{name}.cpp" for name in ("bundle", "manifest", "json", "sha256")]
+    sources += [CORE / "src" / f"{name}.cpp" for name in ("bundle", "interface", "manifest", "json", "sha256")]
     folders = [f"-I{folder}" for folder in (ADAPTER, CORE / "include", CORE / "src")] + ["-isystem", str(OURS)]
     subprocess.run(
         ["g++", *FLAGS, OLD_STRINGS, "-O1", "-shared", "-fPIC", *folders, *map(str, sources), "-o", str(made)],

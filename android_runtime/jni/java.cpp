@@ -58,7 +58,7 @@ void Names::release(JNIEnv* env) {
   *this = Names();
 }
 
-// Where there is no memory for it, the OutOfMemoryError that is pending then says so.
+// Where there is no memory for it, Java's OutOfMemoryError says so.
 void throwError(JNIEnv* env, const Error& error) {
   try {
     const jstring code = string(env, error.code());
@@ -70,6 +70,9 @@ void throwError(JNIEnv* env, const Error& error) {
     check(env);
     env->Throw(static_cast<jthrowable>(made));
   } catch (const Pending&) {
+  } catch (const std::bad_alloc&) {
+    const jclass thrown = env->FindClass("java/lang/OutOfMemoryError");
+    if (thrown != nullptr) env->ThrowNew(thrown, "for saying what failed");
   }
 }
 

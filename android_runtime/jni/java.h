@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -82,6 +83,8 @@ auto guarded(JNIEnv* env, Work work) noexcept -> decltype(work()) {
   } catch (const Error& error) {
     throwError(env, error);
   } catch (const std::bad_alloc&) {
+    throwError(env, errors::outOfMemory("for this call"));
+  } catch (const std::length_error&) {
     throwError(env, errors::outOfMemory("for this call"));
   } catch (const std::exception& error) {
     throwError(env, errors::internalError(error.what()));

@@ -41,13 +41,15 @@ std::shared_ptr<Conversation> found(jlong handle) {
   return session;
 }
 
-RuntimeOptions optionsOf(JNIEnv* env, jint threads, jstring onnxruntime, jstring litert, jstring cacheFolder) {
+RuntimeOptions optionsOf(JNIEnv* env, jint threads, jstring onnxruntime, jstring litert, jstring cacheFolder,
+                         jboolean verified) {
   RuntimeOptions made;
   made.threads = threads;
   const std::string libraries[] = {java::text(env, onnxruntime, "onnxruntime"), java::text(env, litert, "litert")};
   if (!libraries[0].empty()) made.onnxruntime = libraries[0];
   if (!libraries[1].empty()) made.litert = libraries[1];
   made.cacheFolder = java::text(env, cacheFolder, "cacheFolder");
+  made.verify = verified == JNI_FALSE;
   return made;
 }
 
@@ -152,9 +154,10 @@ class Logits {
   std::vector<float> values_;
 };
 
-jlong open(JNIEnv* env, jclass, jstring folder, jint threads, jstring onnxruntime, jstring litert, jstring cache) {
+jlong open(JNIEnv* env, jclass, jstring folder, jint threads, jstring onnxruntime, jstring litert, jstring cache,
+           jboolean verified) {
   return guarded(env, [&]() -> jlong {
-    const RuntimeOptions options = optionsOf(env, threads, onnxruntime, litert, cache);
+    const RuntimeOptions options = optionsOf(env, threads, onnxruntime, litert, cache, verified);
     return sessions().add(std::make_shared<Conversation>(Bundle::open(java::text(env, folder, "folder")), options));
   });
 }
@@ -170,9 +173,9 @@ void verify(JNIEnv* env, jclass, jstring folder) {
 }
 
 jstring deviceReport(JNIEnv* env, jclass, jstring folder, jint threads, jstring onnxruntime, jstring litert,
-                     jstring cache, jstring model, jstring system) {
+                     jstring cache, jboolean verified, jstring model, jstring system) {
   return guarded(env, [&] {
-    const RuntimeOptions options = optionsOf(env, threads, onnxruntime, litert, cache);
+    const RuntimeOptions options = optionsOf(env, threads, onnxruntime, litert, cache, verified);
     const Device device{java::text(env, model, "model"), java::text(env, system, "system")};
     const Bundle bundle = Bundle::open(java::text(env, folder, "folder"));
     return java::string(env, edgeexport::deviceReport(bundle, options, device));
@@ -387,10 +390,10 @@ bool registerMethods(JNIEnv* env) {
 #define TEXT "Ljava/lang/String;"
 #define SHOWN "[Ldev/edgeexport/Features;"
   const JNINativeMethod methods[] = {
-      row("open", "(" TEXT "I" TEXT TEXT TEXT ")J", open),
+      row("open", "(" TEXT "I" TEXT TEXT TEXT "Z)J", open),
       row("close", "(J)V", close),
       row("verify", "(" TEXT ")V", verify),
-      row("deviceReport", "(" TEXT "I" TEXT TEXT TEXT TEXT TEXT ")" TEXT, deviceReport),
+      row("deviceReport", "(" TEXT "I" TEXT TEXT TEXT "Z" TEXT TEXT ")" TEXT, deviceReport),
       row("selfCheck", "(J)V", selfCheck),
       row("position", "(J)I", position),
       row("context", "(J)I", context),

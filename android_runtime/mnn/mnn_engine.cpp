@@ -5,7 +5,10 @@
 #include <cstring>
 #include <llm/llm.hpp>
 
+#include "edgeexport/json.h"
 #include "errors.h"
+#include "interface.h"
+#include "named.h"
 #include "stopwatch.h"
 
 namespace edgeexport {
@@ -17,6 +20,9 @@ using MNN::Transformer::Llm;
 
 constexpr const char* kRuntime = "MNN";
 constexpr const char* kStep = "step";  // the signature of a component that has no variants
+constexpr const char* kConfig = "config.json";
+constexpr const char* kModelConfig = "llm_config.json";
+constexpr std::size_t kMaxConfig = std::size_t{1} << 20;
 
 struct Destroy {
   void operator()(Llm* held) const { Llm::destroy(held); }
@@ -36,6 +42,41 @@ const Signature& signatureOf(const Component& component, const std::string& vari
   return *found;
 }
 
+// The one output of a component without state.
+const TensorSpec& onlyOutput(const Component& component, const Signature& signature) {
+  if (signature.outputs.size() != 1) {
+    throw errors::bundleBadManifest(component.name + ", signature " + signature.name, "it has not one output");
+  }
+  return signature.outputs.front();
+}
+
+// Throws artifact-does-not-open unless a configuration, which is all that MNN-LLM says of a model before it runs, has
+// this number under a key.
+void requireSaid(const Bundle& bundle, const std::string& file, const char* key, std::size_t wanted) {
+  std::string problem;
+  try {
+    const std::int64_t said = Json::parse(bundle.read(file, kMaxConfig)).at(key).integer();
+    if (said >= 0 && static_cast<std::size_t>(said) == wanted) return;
+    problem = std::string(key) + " is " + std::to_string(said) + ", the manifest says " + std::to_string(wanted);
+  } catch (const JsonError& error) {
+    problem = error.what();
+  }
+  throw errors::artifactDoesNotOpen(bundle.path(file), kRuntime, problem);
+}
+
+// Copies what was computed. Throws runtime-failed unless it is as many floats as there is room for.
+void copyTo(const TensorView& output, const VARP& made) {
+  const auto* info = made.get() == nullptr ? nullptr : made->getInfo();
+  const float* values = info == nullptr ? nullptr : made->readMap<float>();
+  if (info == nullptr || values == nullptr) throw errors::runtimeFailed(kRuntime, "its output cannot be read");
+  const halide_type_t wanted = halide_type_of<float>();
+  if (info->type.code != wanted.code || info->type.bits != wanted.bits || info->size < 0 ||
+      static_cast<std::size_t>(info->size) != output.count()) {
+    throw errors::runtimeFailed(kRuntime, "its output is not " + output.name + " as the manifest says");
+  }
+  std::memcpy(output.data, values, output.count() * sizeof(float));
+}
+
 // The engine over a configuration of the bundle. Every file of the component is there, and as long as it should be.
 HeldLlm openLlm(const Bundle& bundle, const Component& component, const std::string& config, int threads) {
   for (const std::string& name : component.files) bundle.path(name);
@@ -50,35 +91,37 @@ HeldLlm openLlm(const Bundle& bundle, const Component& component, const std::str
 class MnnDecoder : public DecoderEngine {
  public:
   MnnDecoder(const Bundle& bundle, const Component& component, const RuntimeOptions& options)
-      : llm_(openLlm(bundle, component, "config.json", options.threads)) {
-    const Signature& signature = signatureOf(component, "");
-    vocab_ = static_cast<std::size_t>(signature.outputs.front().shape.back().max);
-    context_ = component.kv ? static_cast<std::size_t>(component.kv->context) : 0;
-    const TensorSpec& fed = signature.inputs.front();
-    if (fed.name == "inputs_embeds") width_ = static_cast<std::size_t>(fed.shape.back().max);
+      : shape_(decoderShape(component, signatureOf(component, ""), kCanonicalForm, 0)) {
+    if (shape_.vocab == 0) throw errors::artifactDoesNotOpen(bundle.folder(), kRuntime, "it gives no logits");
+    if (shape_.width > 0) requireSaid(bundle, kModelConfig, "hidden_size", shape_.width);
+    requireSaid(bundle, kModelConfig, "layer_nums", component.state.size() / 2);
+    llm_ = openLlm(bundle, component, kConfig, options.threads);
   }
 
-  std::size_t context() const noexcept override { return context_; }
-  std::size_t vocab() const noexcept override { return vocab_; }
-  std::size_t width() const noexcept override { return width_; }
+  std::size_t context() const noexcept override { return shape_.context; }
+  std::size_t vocab() const noexcept override { return shape_.vocab; }
+  std::size_t width() const noexcept override { return shape_.width; }
+  bool turns() const noexcept override { return shape_.turns; }
   double runtimeSeconds() const noexcept override { return seconds_; }
 
   const float* step(const Piece& piece, std::size_t position) override {
     const Stopwatch watch(seconds_);
     const int count = static_cast<int>(piece.count);
-    const VARP fed = width_ ? valueOf(piece.embeddings, {count, 1, static_cast<int>(width_)})
-                            : llm_->embedding(std::vector<int>(piece.tokens, piece.tokens + count));
+    const VARP fed = width() > 0 ? valueOf(piece.embeddings, {count, 1, static_cast<int>(width())})
+                                 : llm_->embedding(std::vector<int>(piece.tokens, piece.tokens + count));
     // What lies in the cache behind `position` is forgotten, and so many tokens are appended.
     llm_->setKVCacheInfo(piece.count, held_ - std::min(held_, position));
     const auto made = llm_->forwardRaw(fed, llm_->gen_attention_mask(count), positionsOf(piece, position));
     if (made.empty()) throw errors::runtimeFailed(kRuntime, "it gave no logits");
     logits_ = made.front();
-    const auto* info = logits_->getInfo();
-    const float* all = logits_->readMap<float>();
-    if (info == nullptr || all == nullptr || static_cast<std::size_t>(info->size) < vocab_)
-      throw errors::runtimeFailed(kRuntime, "its logits cannot be read");
+    const auto* info = logits_.get() == nullptr ? nullptr : logits_->getInfo();
+    const float* all = info == nullptr ? nullptr : logits_->readMap<float>();
+    if (info == nullptr || all == nullptr) throw errors::runtimeFailed(kRuntime, "its logits cannot be read");
+    const bool promised = !info->dim.empty() && info->dim.back() > 0 && info->size >= info->dim.back() &&
+                          static_cast<std::size_t>(info->dim.back()) == vocab();
+    if (!promised) throw errors::runtimeFailed(kRuntime, "its logits are not as many as the manifest says");
     held_ = position + piece.count;
-    return all + (static_cast<std::size_t>(info->size) - vocab_);
+    return all + (static_cast<std::size_t>(info->size) - vocab());
   }
 
  private:
@@ -93,9 +136,9 @@ class MnnDecoder : public DecoderEngine {
     return valueOf(numbers.data(), {static_cast<int>(rows), static_cast<int>(piece.count)});
   }
 
+  const DecoderShape shape_;
   HeldLlm llm_;
   VARP logits_;
-  std::size_t context_ = 0, vocab_ = 0, width_ = 0;
   std::size_t held_ = 0;  // tokens in the cache
   double seconds_ = 0;
 };
@@ -103,15 +146,20 @@ class MnnDecoder : public DecoderEngine {
 // A table of embeddings: MNN-LLM reads rows from the file as they are asked for.
 class MnnLookup : public GraphEngine {
  public:
-  MnnLookup(const Bundle& bundle, const Component& component)
-      : llm_(openLlm(bundle, component, component.name + ".json", 1)) {}
+  MnnLookup(const Bundle& bundle, const Component& component) {
+    const std::string config = component.name + ".json";
+    const TensorSpec& made = onlyOutput(component, signatureOf(component, ""));
+    if (made.shape.empty()) throw errors::artifactDoesNotOpen(bundle.path(config), kRuntime, "it gives no rows");
+    requireSaid(bundle, config, "hidden_size", static_cast<std::size_t>(made.shape.back().max));
+    llm_ = openLlm(bundle, component, config, 1);
+  }
 
   void run(const std::vector<TensorView>& inputs, const TensorView& output) override {
-    const auto count = static_cast<std::size_t>(inputs.front().shape.back());
-    const VARP rows = llm_->embedding(idsOf(static_cast<const std::int64_t*>(inputs.front().data), count));
-    const float* found = rows->readMap<float>();
-    if (found == nullptr) throw errors::runtimeFailed(kRuntime, "a lookup gave nothing");
-    std::memcpy(output.data, found, static_cast<std::size_t>(rows->getInfo()->size) * sizeof(float));
+    const TensorView* ids = named(inputs, std::string(kCanonicalForm.tokens));
+    if (ids == nullptr || ids->type != TensorView::Type::kInt64) {
+      throw errors::runtimeFailed(kRuntime, "no tokens are given to a lookup");
+    }
+    copyTo(output, llm_->embedding(idsOf(static_cast<const std::int64_t*>(ids->data), ids->count())));
   }
 
  private:
@@ -133,9 +181,10 @@ class MnnGraph : public GraphEngine {
     std::vector<std::string> inputs;
     for (const TensorSpec& spec : signature_.inputs) inputs.push_back(spec.name);
     const std::string path = bundle.path(signature_.file);
-    module_.reset(
-        MNN::Express::Module::load(inputs, {signature_.outputs.front().name}, path.c_str(), runtime_, nullptr));
+    const std::string& made = onlyOutput(component, signature_).name;
+    module_.reset(MNN::Express::Module::load(inputs, {made}, path.c_str(), runtime_, nullptr));
     if (!module_) throw errors::artifactDoesNotOpen(path, kRuntime, "see what MNN wrote to the log");
+    requireInputs(path);
   }
 
   void run(const std::vector<TensorView>& inputs, const TensorView& output) override {
@@ -155,13 +204,30 @@ class MnnGraph : public GraphEngine {
     }
     const auto made = module_->onForward(given);
     if (made.empty()) throw errors::runtimeFailed(kRuntime, "it gave no output");
-    const VARP plain = MNN::Express::_Convert(made.front(), NCHW);
-    const float* found = plain->readMap<float>();
-    if (found == nullptr) throw errors::runtimeFailed(kRuntime, "its output cannot be read");
-    std::memcpy(output.data, found, static_cast<std::size_t>(plain->getInfo()->size) * sizeof(float));
+    copyTo(output, MNN::Express::_Convert(made.front(), NCHW));
   }
 
  private:
+  // The inputs are those of the manifest; what comes out is known when it runs.
+  void requireInputs(const std::string& path) const {
+    const auto* info = module_->getInfo();
+    if (info == nullptr || info->inputs.size() != info->inputNames.size()) {
+      throw errors::artifactDoesNotOpen(path, kRuntime, "it does not say what it takes");
+    }
+    std::vector<ReportedValue> reported;
+    for (std::size_t i = 0; i < info->inputs.size(); ++i) {
+      const auto& each = info->inputs[i];
+      const bool whole = each.type.code != halide_type_of<float>().code;
+      // MNN knows whole numbers of 32 bits alone
+      ReportedValue value{info->inputNames[i], whole ? "int64" : "float32", {}};
+      for (const int size : each.dim) value.shape.push_back(size > 0 ? size : -1);
+      reported.push_back(std::move(value));
+    }
+    Signature promised = signature_;
+    promised.outputs.clear();
+    requirePromised(promised, reported, {}, path, kRuntime);
+  }
+
   Signature signature_;
   std::shared_ptr<MNN::Express::Executor::RuntimeManager> runtime_;
   std::unique_ptr<MNN::Express::Module> module_;

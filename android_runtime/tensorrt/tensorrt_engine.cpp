@@ -11,6 +11,7 @@
 
 #include "edgeexport/json.h"
 #include "errors.h"
+#include "interface.h"
 #include "named.h"
 #include "stopwatch.h"
 #include "tensorrt_network.h"
@@ -104,34 +105,33 @@ std::size_t sizeOf(const Value& value, int axis) { return static_cast<std::size_
 class TensorRtDecoder final : public DecoderEngine {
  public:
   TensorRtDecoder(const std::string& path, const Component& component, bool inPlace)
-      : network_(path, signatureOf(component, ""), cachesOf(component)),
+      : shape_(decoderShape(component, signatureOf(component, ""), kTensorRtForm, 0)),
+        network_(path, signatureOf(component, ""), cachesOf(component)),
         logits_(network_.at("logits", DataType::kFLOAT, 3)),
         position_(network_.at("position", DataType::kINT64, 1)),
-        embedded_(network_.find("inputs_embeds") != nullptr),
-        fed_(embedded_ ? network_.at("inputs_embeds", DataType::kFLOAT, 3)
-                       : network_.at("input_ids", DataType::kINT64, 2)),
+        fed_(embedded() ? network_.at("inputs_embeds", DataType::kFLOAT, 3)
+                        : network_.at("input_ids", DataType::kINT64, 2)),
         turns_(network_.find("rope_positions")) {
     longest_ = sizeOf(fed_, 1);
     if (turns_ != nullptr) longest_ = std::min(longest_, sizeOf(network_.at("rope_positions", DataType::kINT64, 3), 2));
-    if (component.state.empty()) network_.refuse("it has no cache");
     if (logits_.count() != sizeOf(logits_, 2)) network_.refuse("it gives logits of more than the last token");
+    if (sizeOf(logits_, 2) != shape_.vocab) network_.refuse("it gives other logits than the manifest says");
+    if (embedded() && sizeOf(fed_, 2) != shape_.width) network_.refuse("it takes other embeddings than the manifest says");
     if (position_.count() != 1) network_.refuse("it takes more than one position");
     for (const auto& [past, present] : component.state) {
       const Value& from = *network_.find(past);
       const Value& to = *network_.find(present);
-      if (from.bytes() != to.bytes() || from.most.nbDims != 4 || (context_ > 0 && sizeOf(from, 2) != context_)) {
-        network_.refuse("its cache " + past + " is not of one shape");
-      }
-      context_ = sizeOf(from, 2);
+      if (from.bytes() != to.bytes()) network_.refuse("its cache " + past + " is not of one dtype");
       caches_.push_back({past, present, tensorrt::onDevice(from.bytes()), nullptr});
       if (!inPlace) caches_.back().other = tensorrt::onDevice(from.bytes());
     }
     bindCaches();
   }
 
-  std::size_t context() const noexcept override { return context_; }
+  std::size_t context() const noexcept override { return shape_.context; }
   std::size_t vocab() const noexcept override { return sizeOf(logits_, 2); }
-  std::size_t width() const noexcept override { return embedded_ ? sizeOf(fed_, 2) : 0; }
+  std::size_t width() const noexcept override { return shape_.width; }
+  bool turns() const noexcept override { return shape_.turns; }
   double runtimeSeconds() const noexcept override { return seconds_; }
 
   // In pieces of what the engine takes at most.
@@ -151,6 +151,8 @@ class TensorRtDecoder final : public DecoderEngine {
     DeviceMemory other;
   };
 
+  bool embedded() const { return shape_.width > 0; }
+
   void bindCaches() {
     for (const Cache& each : caches_) {
       network_.bind(each.past, each.held.get());
@@ -162,14 +164,14 @@ class TensorRtDecoder final : public DecoderEngine {
   void reshape(std::size_t count) {
     if (count == shaped_) return;
     shaped_ = 0;
-    network_.reshape(fed_, embedded_ ? dims({1, count, width()}) : dims({1, count}));
+    network_.reshape(fed_, embedded() ? dims({1, count, width()}) : dims({1, count}));
     if (turns_ != nullptr) network_.reshape(*turns_, dims({3, 1, count}));
     shaped_ = count;
   }
 
   void run(const Piece& piece, std::size_t start, std::size_t count, std::size_t position) {
     reshape(count);
-    if (embedded_) {
+    if (embedded()) {
       std::copy_n(piece.embeddings + start * width(), count * width(), fed_.data<float>());
     } else {
       std::copy_n(piece.tokens + start, count, fed_.data<std::int64_t>());
@@ -179,7 +181,7 @@ class TensorRtDecoder final : public DecoderEngine {
     }
     *position_.data<std::int64_t>() = static_cast<std::int64_t>(position);
     const Stopwatch watch(seconds_);
-    network_.send(fed_, count * (embedded_ ? width() * sizeof(float) : sizeof(std::int64_t)));
+    network_.send(fed_, count * (embedded() ? width() * sizeof(float) : sizeof(std::int64_t)));
     network_.send(position_, sizeof(std::int64_t));
     if (turns_ != nullptr) network_.send(*turns_, 3 * count * sizeof(std::int64_t));
     network_.run();
@@ -190,15 +192,14 @@ class TensorRtDecoder final : public DecoderEngine {
     bindCaches();
   }
 
+  const DecoderShape shape_;
   std::vector<Cache> caches_;  // above the network, whose work ends before they are freed
   Network network_;
   const Value& logits_;
   const Value& position_;
-  const bool embedded_;
   const Value& fed_;
   const Value* turns_;  // null where the model counts positions itself
   std::size_t longest_ = 0;
-  std::size_t context_ = 0;
   std::size_t shaped_ = 0;
   double seconds_ = 0;
 };

@@ -63,7 +63,7 @@ def main(library_file: str, folder: Path) -> dict[str, float]:
             graph.close()
             out = np.zeros(want.shape, np.float32)
             text = (each.name.encode(), variant.encode(), given.name.encode(), int(whole))
-            call(library.run_graph, *text, np.array(shape), len(shape), data, out)
+            call(library.run_graph, *text, np.array(shape), len(shape), data, out, out.size)
             found[f"{each.name} {variant}".strip()] = float(np.abs(out - want).max())
             assert np.abs(want).max() > 0
     library.close_decoder()

@@ -58,8 +58,9 @@ int step(const std::int32_t* ids, const float* embeddings, const std::int64_t* r
   });
 }
 
+// `count` is how many numbers there is room for in `out`.
 int run_graph(const char* name, const char* variant, const char* input, int whole, const std::int64_t* shape, int rank,
-              void* data, float* out) {
+              void* data, float* out, int count) {
   return attempt([&] {
     using edgeexport::TensorView;
     const auto graph = edgeexport::openMnnGraph(*bundle, bundle->component(name), variant, {});
@@ -69,6 +70,7 @@ int run_graph(const char* name, const char* variant, const char* input, int whol
     given.shape.assign(shape, shape + rank);
     given.data = data;
     TensorView made;
+    made.shape = {count};
     made.data = out;
     graph->run({given}, made);
     return 0;

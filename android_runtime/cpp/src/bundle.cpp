@@ -1,18 +1,14 @@
 // Opens a bundle, and gives out its files behind their sizes and hashes.
 #include "edgeexport/bundle.h"
 
-#include <fcntl.h>
 #include <sys/stat.h>
-#include <unistd.h>
 
-#include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <functional>
-#include <vector>
 
 #include "edgeexport/sha256.h"
 #include "errors.h"
+#include "file.h"
 
 namespace edgeexport {
 namespace {
@@ -20,42 +16,9 @@ namespace {
 constexpr const char* kManifest = "manifest.json";
 constexpr const char* kDigest = "manifest.json.sha256";
 constexpr std::size_t kMaxManifest = std::size_t{16} << 20;
-constexpr std::size_t kBlock = std::size_t{1} << 20;
-
-using Take = std::function<void(const char*, std::size_t)>;
-
-class File {
- public:
-  explicit File(const std::string& path) : descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NOFOLLOW)) {}
-  ~File() {
-    if (descriptor_ >= 0) ::close(descriptor_);
-  }
-  File(const File&) = delete;
-  File& operator=(const File&) = delete;
-
-  bool opened() const { return descriptor_ >= 0; }
-
-  // Hands out the content in blocks, to `limit` bytes. Returns how many there were; false where reading failed.
-  bool each(std::size_t limit, std::size_t& total, const Take& take) {
-    std::vector<char> block(kBlock);
-    total = 0;
-    while (total < limit) {
-      const ssize_t got = ::read(descriptor_, block.data(), std::min(kBlock, limit - total));
-      if (got < 0 && errno == EINTR) continue;
-      if (got < 0) return false;
-      if (got == 0) break;
-      take(block.data(), static_cast<std::size_t>(got));
-      total += static_cast<std::size_t>(got);
-    }
-    return true;
-  }
-
- private:
-  int descriptor_;
-};
 
 // Reads a listed file, compares its size and hash, and hands its bytes on.
-void readChecked(const Bundle& bundle, const std::string& name, const Take& take) {
+void readChecked(const Bundle& bundle, const std::string& name, const File::Take& take) {
   const FileEntry& entry = bundle.manifest().files.at(name);
   const std::string path = bundle.path(name);
   File file(path);
@@ -141,7 +104,11 @@ void Bundle::verify() const {
   if (beside != digest_ + "\n") {
     throw errors::bundleFileChanged(folder_ + "/" + kManifest, kManifest, "its sha256 is not the one beside it");
   }
-  for (const auto& each : manifest_.files) readChecked(*this, each.first, [](const char*, std::size_t) {});
+  for (const auto& each : manifest_.files) verify(each.first);
+}
+
+void Bundle::verify(const std::string& name) const {
+  readChecked(*this, name, [](const char*, std::size_t) {});
 }
 
 }  // namespace edgeexport

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -34,22 +35,42 @@ using edgeexport::Error;
 using edgeexport::Features;
 namespace errors = edgeexport::errors;
 
-edgeexport_error* made(const Error& error) { return new edgeexport_error{error}; }
+// For where there is no memory to keep an error: it is there from the start, and never freed.
+edgeexport_error* noMemory() noexcept {
+  static edgeexport_error lasting{errors::outOfMemory("even for saying what failed")};
+  return &lasting;
+}
+edgeexport_error* const kNoMemory = noMemory();
 
-// An Error, or where there is no memory to keep one, the end: a caller could not be told.
+// What work throws as an error of the caller's.
+edgeexport_error* thrown() {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return new edgeexport_error{error};
+  } catch (const std::bad_alloc&) {
+    return new edgeexport_error{errors::outOfMemory("for this call")};
+  } catch (const std::length_error&) {
+    return new edgeexport_error{errors::outOfMemory("for this call")};
+  } catch (const std::exception& error) {
+    return new edgeexport_error{errors::internalError(error.what())};
+  } catch (...) {
+    return new edgeexport_error{errors::internalError("something that is no std::exception")};
+  }
+}
+
+// Nothing that work throws leaves it.
 template <typename Work>
 edgeexport_error* guarded(Work work) noexcept {
   try {
     work();
     return nullptr;
-  } catch (const Error& error) {
-    return made(error);
-  } catch (const std::bad_alloc&) {
-    return made(errors::outOfMemory("for this call"));
-  } catch (const std::exception& error) {
-    return made(errors::internalError(error.what()));
   } catch (...) {
-    return made(errors::internalError("something that is no std::exception"));
+    try {
+      return thrown();
+    } catch (...) {
+      return kNoMemory;
+    }
   }
 }
 
@@ -65,6 +86,7 @@ edgeexport::RuntimeOptions optionsOf(const edgeexport_options* given) {
   if (given->onnxruntime != nullptr) made.onnxruntime = given->onnxruntime;
   if (given->litert != nullptr) made.litert = given->litert;
   if (given->cache_folder != nullptr) made.cacheFolder = given->cache_folder;
+  made.verify = given->verified == 0;
   return made;
 }
 
@@ -104,7 +126,9 @@ const char* edgeexport_error_why(const edgeexport_error* error) {
 const char* edgeexport_error_fix(const edgeexport_error* error) {
   return error == nullptr ? "" : error->error.fix().c_str();
 }
-void edgeexport_error_free(edgeexport_error* error) { delete error; }
+void edgeexport_error_free(edgeexport_error* error) {
+  if (error != kNoMemory) delete error;
+}
 
 edgeexport_error* edgeexport_bundle_open(const char* folder, edgeexport_bundle** bundle) {
   return guarded([&] {

@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <iterator>
-#include <new>
+#include <set>
+#include <string>
 
 #include "engines.h"
 #include "errors.h"
+#include "guard.h"
 #ifdef EDGEEXPORT_MNN
 #include "mnn_engine.h"
 #endif
@@ -38,30 +40,44 @@ constexpr Engine kEngines[] = {
 #endif
 };
 
+// Reads the files that the runtime will open for one signature: those of other signatures alone stay closed.
+void verify(const Bundle& bundle, const Component& component, const std::string& variant) {
+  std::set<std::string> others;
+  for (const Signature& each : component.signatures) {
+    if (!variant.empty() && each.name != variant) others.insert(each.file);
+  }
+  if (const Signature* own = component.signature(variant)) others.erase(own->file);
+  for (const std::string& file : component.files) {
+    if (others.count(file) == 0) bundle.verify(file);
+  }
+}
+
 // What `open` makes of a component with its engine.
 template <typename Open>
-auto opened(const Component& component, Open open) {
+auto opened(const Bundle& bundle, const Component& component, const std::string& variant,
+            const RuntimeOptions& options, Open open) {
   const auto wanted = [&](const Engine& each) { return component.backend == each.backend; };
   const auto* const engine = std::find_if(std::begin(kEngines), std::end(kEngines), wanted);
   if (engine == std::end(kEngines)) throw errors::backendNotBuilt(component.name, component.backend);
-  try {
+  return guarded("to open the model", [&] {
+    if (options.verify) verify(bundle, component, variant);
     return open(*engine);
-  } catch (const std::bad_alloc&) {  // a runtime's too
-    throw errors::outOfMemory("to open " + component.name);
-  }
+  });
 }
 
 }  // namespace
 
 std::unique_ptr<DecoderEngine> openDecoder(const Bundle& bundle, const RuntimeOptions& options) {
   const Component& component = bundle.component("decoder");
-  return opened(component, [&](const Engine& engine) { return engine.openDecoder(bundle, component, options); });
+  return opened(bundle, component, "", options,
+                [&](const Engine& engine) { return engine.openDecoder(bundle, component, options); });
 }
 
 std::unique_ptr<GraphEngine> openGraph(const Bundle& bundle, const std::string& name, const std::string& variant,
                                        const RuntimeOptions& options) {
   const Component& component = bundle.component(name);
-  return opened(component, [&](const Engine& engine) { return engine.openGraph(bundle, component, variant, options); });
+  return opened(bundle, component, variant, options,
+                [&](const Engine& engine) { return engine.openGraph(bundle, component, variant, options); });
 }
 
 }  // namespace edgeexport

@@ -118,8 +118,6 @@ Levels levelsOf(double factor, const std::array<double, 3>& mean, const std::arr
   return made;
 }
 
-std::string named(const Grid& grid) { return std::to_string(grid.rows) + "x" + std::to_string(grid.columns); }
-
 }  // namespace
 
 Grid smartGrid(std::size_t height, std::size_t width, const PatchContract& contract) {
@@ -152,7 +150,7 @@ Grid smartGrid(std::size_t height, std::size_t width, const PatchContract& contr
 
 Grid chooseGrid(std::size_t height, std::size_t width, const PatchContract& contract) {
   const Grid smart = smartGrid(height, width, contract);
-  if (contract.grids.empty()) throw errors::gridNotBuilt(named(smart));
+  if (contract.grids.empty()) throw errors::gridNotBuilt(smart.name());
   if (std::find(contract.grids.begin(), contract.grids.end(), smart) != contract.grids.end()) return smart;
   const auto distance = [&](const Grid& grid) {
     const double rows = grid.rows;
@@ -167,7 +165,7 @@ Grid chooseGrid(std::size_t height, std::size_t width, const PatchContract& cont
 
 std::vector<float> patches(const ImageView& image, const PatchContract& contract, const Grid& grid) {
   if (std::find(contract.grids.begin(), contract.grids.end(), grid) == contract.grids.end()) {
-    throw errors::gridNotBuilt(named(grid));
+    throw errors::gridNotBuilt(grid.name());
   }
   const auto patch = static_cast<std::size_t>(contract.patchSize);
   const auto merge = static_cast<std::size_t>(contract.mergeSize);

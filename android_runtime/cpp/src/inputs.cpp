@@ -3,9 +3,11 @@
 
 #include <algorithm>
 #include <numeric>
+#include <string_view>
 
 #include "errors.h"
 #include "input_errors.h"
+#include "interface.h"
 #include "named.h"
 #include "stopwatch.h"
 
@@ -14,6 +16,71 @@ namespace {
 
 constexpr const char* kEmbed = "embed";
 constexpr const char* kFusion = "fusion";
+constexpr const char* kVision = "vision";
+constexpr const char* kAudio = "audio";
+constexpr const char* kIds = "input_ids";
+constexpr const char* kEmbeddings = "inputs_embeds";
+constexpr const char* kFeatures = "features";
+constexpr const char* kFused = "fused";
+constexpr std::string_view kCount = "_count";  // behind the name of an input that LiteRT pads
+
+// What the manifest says of the components that make a decoder's embeddings, compared with each other and with the
+// contract: memory is laid out by it. Each throws bundle-bad-manifest.
+class Promised {
+ public:
+  Promised(const Component& component, const Signature& signature) : component_(component), signature_(signature) {}
+
+  // It takes these and no others.
+  void takes(const std::vector<std::string>& names) const {
+    for (const TensorSpec& each : signature_.inputs) {
+      const std::size_t stem = each.name.size() - std::min(each.name.size(), kCount.size());
+      const bool counts = each.name.compare(stem, std::string::npos, kCount) == 0;
+      const auto taken = [&](const std::string& name) { return inputOf(signature_, name) == &each; };
+      if (!counts && std::none_of(names.begin(), names.end(), taken)) refuse("nothing is given to its " + each.name);
+    }
+  }
+
+  const TensorSpec& input(const std::string& name, std::size_t rank) const {
+    return checked(inputOf(signature_, name), name, rank);
+  }
+  // Gives the last size of a value of floats.
+  std::int64_t width(const TensorSpec& spec) const {
+    const Dim& last = spec.shape.back();
+    if (spec.dtype != "float32" || last.min != last.max) refuse(spec.name + " has no fixed width of floats");
+    return last.max;
+  }
+  const TensorSpec& output(const std::string& name, std::size_t rank) const {
+    if (signature_.outputs.size() != 1) refuse("it has other outputs than " + name);
+    return checked(outputOf(signature_, name), name, rank);
+  }
+
+  // A value whose width another component shares.
+  void requireWidth(const TensorSpec& spec, std::size_t wanted) const {
+    if (static_cast<std::size_t>(width(spec)) != wanted) refuse(spec.name + " has another width than what is joined to it");
+  }
+
+  // An input of this very shape.
+  void requireShape(const TensorSpec& spec, const std::vector<std::int64_t>& wanted) const {
+    const auto same = [](const Dim& dim, std::int64_t size) { return dim.min <= size && size <= dim.max; };
+    if (spec.dtype == "float32" &&
+        std::equal(spec.shape.begin(), spec.shape.end(), wanted.begin(), wanted.end(), same)) {
+      return;
+    }
+    refuse(spec.name + " is not what preprocess.json makes");
+  }
+
+ private:
+  [[noreturn]] void refuse(const std::string& problem) const {
+    throw errors::bundleBadManifest(component_.name + ", signature " + signature_.name, problem);
+  }
+  const TensorSpec& checked(const TensorSpec* found, const std::string& name, std::size_t rank) const {
+    if (found == nullptr || found->shape.size() != rank) refuse("it has no " + name + " of the rank that is fed");
+    return *found;
+  }
+
+  const Component& component_;
+  const Signature& signature_;
+};
 
 std::size_t rowsOf(const std::vector<Features>& features) {
   return std::accumulate(features.begin(), features.end(), std::size_t{0},
@@ -30,18 +97,66 @@ Preprocess contractOf(const Bundle& bundle) {
 
 Inputs::Inputs(const Bundle& bundle, const RuntimeOptions& options, std::size_t width, std::size_t context)
     : bundle_(bundle), options_(options), width_(width), contract_(contractOf(bundle)) {
-  ropeAt_.resize(context + 1);
-  std::iota(ropeAt_.begin(), ropeAt_.end(), 0);
-  embedInputs_ = {{"input_ids", TensorView::Type::kInt64, {1, 0}, nullptr}};
+  ropeAt_.reserve(context + 1);
+  ropeAt_.push_back(0);
+  embedInputs_ = {{kIds, TensorView::Type::kInt64, {1, 0}, nullptr}};
   const auto columns = static_cast<std::int64_t>(width);
-  embedOutput_ = {"inputs_embeds", TensorView::Type::kFloat32, {1, 0, columns}, nullptr};
-  fusionInputs_ = {{"inputs_embeds", TensorView::Type::kFloat32, {1, 0, columns}, nullptr},
-                   {"features", TensorView::Type::kFloat32, {1, 0, 0}, nullptr}};
-  fusionOutput_ = {"fused", TensorView::Type::kFloat32, {1, 0, columns}, nullptr};
+  embedOutput_ = {kEmbeddings, TensorView::Type::kFloat32, {1, 0, columns}, nullptr};
+  fusionInputs_ = {{kEmbeddings, TensorView::Type::kFloat32, {1, 0, columns}, nullptr},
+                   {kFeatures, TensorView::Type::kFloat32, {1, 0, 0}, nullptr}};
+  fusionOutput_ = {kFused, TensorView::Type::kFloat32, {1, 0, columns}, nullptr};
+  checkPromises();
   graph(kEmbed, "");
 }
 
 Inputs::~Inputs() = default;
+
+void Inputs::checkPromises() const {
+  const Manifest& manifest = bundle_.manifest();
+  const auto each = [&](const char* name, auto check) {
+    const Component* component = manifest.component(name);
+    if (component == nullptr) return;
+    for (const Signature& signature : component->signatures) check(signature, Promised(*component, signature));
+  };
+  each(kEmbed, [&](const Signature&, const Promised& embed) {
+    embed.takes({kIds});
+    embed.input(kIds, 2);
+    embed.requireWidth(embed.output(kEmbeddings, 3), width_);
+  });
+  std::size_t shown = width_;  // the width of features, where they are spliced in
+  each(kFusion, [&](const Signature&, const Promised& fusion) {
+    fusion.takes({kEmbeddings, kFeatures});
+    fusion.requireWidth(fusion.input(kEmbeddings, 3), width_);
+    fusion.requireWidth(fusion.output(kFused, 3), width_);
+    const TensorSpec& features = fusion.input(kFeatures, 3);
+    if (shown != width_) fusion.requireWidth(features, shown);
+    if (!contract_.splices) shown = static_cast<std::size_t>(fusion.width(features));
+  });
+  const auto encodes = [&](const Signature& signature, const Promised& encoder, const char* fed,
+                           const std::vector<std::int64_t>& shape) {
+    encoder.takes({fed});
+    encoder.requireShape(encoder.input(fed, shape.size()), shape);
+    const TensorSpec* features = outputOf(signature, kFeatures);
+    const bool batched = features != nullptr && features->shape.size() == 3;
+    encoder.requireWidth(encoder.output(kFeatures, batched ? 3 : 2), shown);
+  };
+  each(kAudio, [&](const Signature& signature, const Promised& audio) {
+    if (!contract_.audio) return;  // modality-missing, when a sound is given
+    const auto frames = static_cast<std::int64_t>(contract_.audio->frames());
+    encodes(signature, audio, "mel", {1, contract_.audio->mels, frames});
+  });
+  std::map<std::string, Grid> grids;
+  for (const Grid& grid : contract_.patches ? contract_.patches->grids : std::vector<Grid>()) grids[grid.name()] = grid;
+  each(kVision, [&](const Signature& signature, const Promised& vision) {
+    if (contract_.pixels) {
+      const std::int64_t size = contract_.pixels->size;
+      encodes(signature, vision, "pixels", {1, 3, size, size});
+    } else if (const auto found = grids.find(signature.name); found != grids.end()) {  // others are never asked for
+      const std::int64_t count = std::int64_t{found->second.rows} * found->second.columns;
+      encodes(signature, vision, "patches", {count, contract_.patches->patchValues()});
+    }
+  });
+}
 
 GraphEngine& Inputs::graph(const std::string& component, const std::string& variant) {
   std::unique_ptr<GraphEngine>& found = graphs_[component + "/" + variant];
@@ -50,16 +165,17 @@ GraphEngine& Inputs::graph(const std::string& component, const std::string& vari
 }
 
 Features Inputs::encode(const EncoderInput& input) {
-  const bool sound = input.component == "audio";
+  const bool sound = input.component == kAudio;
   const Component* component = bundle_.manifest().component(input.component);
-  if (component == nullptr || !(sound || input.component == "vision")) {
+  if (component == nullptr || !(sound || input.component == kVision)) {
     throw errors::modalityMissing(sound ? "sound" : "picture", input.component);
   }
   const Signature* signature = component->signature(input.variant.empty() ? "step" : input.variant);
   if (signature == nullptr) throw errors::bundleNoVariant(input.component, input.variant);
-  const TensorSpec* made = named(signature->outputs, "features");
-  if (made == nullptr || made->shape.empty()) throw errors::bundleNoVariant(input.component, "features");
-  TensorView output{"features", TensorView::Type::kFloat32, {}, nullptr};
+  const TensorSpec* made = outputOf(*signature, kFeatures);
+  if (made == nullptr || made->shape.empty()) throw errors::bundleNoVariant(input.component, kFeatures);
+  GraphEngine& encoder = graph(input.component, input.variant);  // its artifact is what the manifest says from here on
+  TensorView output{kFeatures, TensorView::Type::kFloat32, {}, nullptr};
   std::size_t total = 1;
   for (const Dim& dim : made->shape) {
     output.shape.push_back(dim.max);
@@ -75,7 +191,7 @@ Features Inputs::encode(const EncoderInput& input) {
   output.data = features.values.data();
   // the runtime reads the input and does not write it
   const TensorView view{input.name, TensorView::Type::kFloat32, input.shape, const_cast<float*>(input.values.data())};
-  graph(input.component, input.variant).run({view}, output);
+  encoder.run({view}, output);
   return features;
 }
 
@@ -85,7 +201,7 @@ std::vector<std::int32_t> Inputs::expand(const std::vector<std::int32_t>& tokens
   const auto places = static_cast<std::size_t>(std::count(tokens.begin(), tokens.end(), *contract_.imageTokenId));
   std::vector<const Features*> pictures;
   for (const Features& each : features) {
-    if (each.component == "vision") pictures.push_back(&each);
+    if (each.component == kVision) pictures.push_back(&each);
   }
   if (places != pictures.size()) throw errors::imageTokensMismatch(places, pictures.size());
   std::vector<std::int32_t> expanded;
@@ -186,9 +302,13 @@ void Inputs::turn(const std::int32_t* tokens, std::size_t count, const std::vect
       ++current;
       continue;
     }
+    const auto isPicture = [&](std::int32_t token) { return token == *contract_.imageTokenId; };
+    const std::int32_t* const end = std::find_if_not(tokens + at, tokens + count, isPicture);
+    const auto places = static_cast<std::size_t>(end - (tokens + at));  // of this picture and of those right behind it
+    if (waiting == features.end()) throw errors::imageTokensMismatch(places, 0);
     const Features& picture = *waiting++;
-    if (picture.gridRows * picture.gridColumns != picture.rows || at + picture.rows > count) {
-      throw errors::imageTokensMismatch(count - at, picture.rows);
+    if (picture.rows == 0 || picture.gridRows * picture.gridColumns != picture.rows || picture.rows > places) {
+      throw errors::imageTokensMismatch(places, picture.rows);
     }
     for (std::size_t i = 0; i < picture.rows; ++i, ++at) {
       rope_[at] = current;
@@ -205,6 +325,7 @@ void Inputs::accept(std::size_t position, std::size_t count, const std::vector<F
     attended_ = features;
     attendedFrom_ = position;
   }
+  while (ropeAt_.size() <= position + count) ropeAt_.push_back(static_cast<std::int64_t>(ropeAt_.size()));
   for (std::size_t i = 0; turns() && i + 1 < count; ++i) {  // inside a picture there is no place where text could go on
     ropeAt_[position + i + 1] = std::max({rope_[i], rope_[count + i], rope_[2 * count + i]}) + 1;
   }

@@ -2,16 +2,19 @@
 #include "edgeexport/json.h"
 
 #include <algorithm>
+#include <charconv>
 #include <cmath>
 #include <locale>
 #include <numeric>
 #include <sstream>
+#include <system_error>
 
 namespace edgeexport {
 
 class JsonReader {
  public:
-  JsonReader(std::string_view text, int depth) : text_(text), depth_(depth) {}
+  JsonReader(std::string_view text, const JsonLimits& limits)
+      : text_(text), depth_(limits.depth), valuesLeft_(limits.values) {}
 
   Json document() {
     Json value = read(0);
@@ -38,6 +41,7 @@ class JsonReader {
 
   Json read(int level) {
     if (level > depth_) fail("nested too deep");
+    if (valuesLeft_-- == 0) fail("too many values");
     space();
     Json made;
     switch (peek()) {
@@ -126,14 +130,17 @@ class JsonReader {
       if (peek() == '+' || peek() == '-') ++at_;
       digits();
     }
-    // a stream of the classic locale: strtod's decimal point depends on the app's, and from_chars lacks floats on NDKs
-    std::istringstream stream{std::string(text_.substr(start, at_ - start))};
-    stream.imbue(std::locale::classic());
+    const std::string_view digitsOf = text_.substr(start, at_ - start);
     if (whole) {
       std::int64_t value = 0;
-      if (!(stream >> value)) fail("a whole number too large");
+      const auto read = std::from_chars(digitsOf.data(), digitsOf.data() + digitsOf.size(), value);
+      if (read.ec != std::errc()) fail("a whole number too large");
       made.value_ = value;
     } else {
+      if (digitsOf.size() > kMaxDigits) fail("a number too long");
+      // a stream of the classic locale: strtod's decimal point depends on the app's; from_chars lacks floats on NDKs
+      std::istringstream stream{std::string(digitsOf)};
+      stream.imbue(std::locale::classic());
       double value = 0;
       if (!(stream >> value) || !std::isfinite(value)) fail("a number too large");
       made.value_ = value;
@@ -235,8 +242,11 @@ class JsonReader {
     return value;
   }
 
+  static constexpr std::size_t kMaxDigits = 1024;  // of a fraction
+
   std::string_view text_;
   int depth_;
+  std::size_t valuesLeft_;
   std::size_t at_ = 0;
 };
 
@@ -253,7 +263,7 @@ const Kind& kindOf(const Value& value, const char* name) {
 
 Json Json::parse(std::string_view text, const JsonLimits& limits) {
   if (text.size() > limits.bytes) throw JsonError("it has more than " + std::to_string(limits.bytes) + " bytes");
-  return JsonReader(text, limits.depth).document();
+  return JsonReader(text, limits).document();
 }
 
 bool Json::boolean() const { return kindOf<bool>(value_, "true or false"); }

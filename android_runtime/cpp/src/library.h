@@ -21,6 +21,14 @@ class Library {
 
   const std::string& name() const { return name_; }
 
+  // Where it lies, as far as the system says: in an app, it may be within a package.
+  std::string path(const char* symbol) const {
+    Dl_info found{};
+    void* const place = ::dlsym(handle_, symbol);
+    const bool known = place != nullptr && ::dladdr(place, &found) != 0 && found.dli_fname != nullptr;
+    return known ? found.dli_fname : "";
+  }
+
   // Sets a function pointer. Throws runtime-too-old when the library has no such symbol.
   template <typename Function>
   void find(Function*& function, const char* symbol) const {

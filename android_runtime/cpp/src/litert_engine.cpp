@@ -6,6 +6,7 @@
 
 #include "arena.h"
 #include "engines.h"
+#include "interface.h"
 #include "litert_model.h"
 #include "stopwatch.h"
 
@@ -23,10 +24,10 @@ constexpr const char* kStep = "step";
 constexpr const char* kCount = "_count";  // behind the name of an input that is padded: how many of its rows count
 constexpr std::size_t kWorthPadding = 8;  // a piece is padded where it fills this part, one eighth, of a signature
 
-std::string modelFile(const Component& component, const std::string& signature) {
+const Signature& promisedBy(const Component& component, const std::string& signature) {
   const Signature* found = component.signature(signature);
   if (found == nullptr) throw errors::bundleNoVariant(component.name, signature);
-  return found->file;
+  return *found;
 }
 
 // Memory for values by name: those of the same name share it, as large as the largest of them.
@@ -63,53 +64,35 @@ class SharedMemory {
 
 class LiteRtDecoder final : public DecoderEngine {
  public:
-  LiteRtDecoder(const std::string& path, const std::string& digest, const Component& component,
-                const RuntimeOptions& options)
-      : model_(path, digest, options) {
-    const ModelSignature* decode = model_.signature(kDecode);
-    if (decode == nullptr || component.state.empty()) model_.refuse("it has no signature decode with a cache");
-    const Value* logits = decode->output("logits");
-    const Value* cache = decode->input(component.state[0].first);
-    if (logits == nullptr || cache == nullptr || cache->type.rank != 4 || logits->type.rank != 3) {
-      model_.refuse("its signature decode has no logits or no cache");
-    }
-    vocab_ = logits->size(2);
-    context_ = cache->size(2);
-    const Value* embeddings = decode->input("embeddings");
-    if (embeddings != nullptr) width_ = embeddings->size(2);
-    rope_ = decode->input("rope_positions") != nullptr;
-    for (const ModelSignature& each : model_.signatures()) {
-      if (SignatureName::parse(each.name).length == 0) continue;
-      check(each, component, *cache);
-      memory_.want(each);
-    }
+  LiteRtDecoder(const Bundle& bundle, const Component& component, const RuntimeOptions& options)
+      : shape_(decoderShape(component, promisedBy(component, kDecode), kLiteRtForm, 1)),
+        calls_(promised(component)),
+        model_(bundle, promisedBy(component, kDecode).file, options) {
+    if (shape_.vocab == 0) model_.refuse("its signature decode gives no logits");
+    for (const Entry& each : calls_) memory_.want(model_.signature(*each.promised));
     memory_.allocate();
-    for (const ModelSignature& each : model_.signatures()) {
-      const SignatureName name = SignatureName::parse(each.name);
-      if (name.length == 0) continue;
-      const std::size_t window = name.window > 0 ? name.window : context_;
-      calls_.push_back({name.length, window, memory_.call(model_, each)});
-      if (name.length > 1) pieces_.push_back(name.length);
+    for (Entry& each : calls_) {
+      each.call = std::make_unique<Call>(memory_.call(model_, model_.signature(*each.promised)));
+      if (each.length > 1) pieces_.push_back(each.length);
     }
     std::sort(calls_.begin(), calls_.end(), [](const Entry& a, const Entry& b) { return a.window < b.window; });
     std::sort(pieces_.rbegin(), pieces_.rend());
     pieces_.erase(std::unique(pieces_.begin(), pieces_.end()), pieces_.end());
-    tokens_ = static_cast<std::int32_t*>(memory_.at("tokens"));
-    embeddings_ = static_cast<float*>(memory_.at("embeddings"));
-    positions_ = static_cast<std::int32_t*>(memory_.at("input_pos"));
+    tokens_ = static_cast<std::int32_t*>(memory_.at(kLiteRtForm.tokens));
+    embeddings_ = static_cast<float*>(memory_.at(kLiteRtForm.embeddings));
+    positions_ = static_cast<std::int32_t*>(memory_.at(kLiteRtForm.position));
     turns_ = static_cast<std::int32_t*>(memory_.at("rope_positions"));
     logits_ = static_cast<const float*>(memory_.at("logits"));
     for (const auto& [past, added] : component.state) {
       if (added == past) continue;  // the graph writes into the cache itself
       added_.push_back({static_cast<float*>(memory_.at(past)), static_cast<const float*>(memory_.at(added))});
     }
-    heads_ = cache->size(1);
-    headWidth_ = cache->size(3);
   }
 
-  std::size_t context() const noexcept override { return context_; }
-  std::size_t vocab() const noexcept override { return vocab_; }
-  std::size_t width() const noexcept override { return width_; }
+  std::size_t context() const noexcept override { return shape_.context; }
+  std::size_t vocab() const noexcept override { return shape_.vocab; }
+  std::size_t width() const noexcept override { return shape_.width; }
+  bool turns() const noexcept override { return shape_.turns; }
   double runtimeSeconds() const noexcept override { return seconds_; }
 
   // The last token goes through `decode`, which alone gives logits; those before it in pieces of the other signatures'
@@ -129,9 +112,10 @@ class LiteRtDecoder final : public DecoderEngine {
 
  private:
   struct Entry {
+    const Signature* promised;
     std::size_t length;
     std::size_t window;
-    Call call;
+    std::unique_ptr<Call> call;
   };
 
   // What a call adds to a cache [1, heads, context, width]: [1, heads, length, width].
@@ -140,32 +124,35 @@ class LiteRtDecoder final : public DecoderEngine {
     const float* slice;
   };
 
-  // Memory is filled by name and without looking: every signature must take and give what `decode` does.
-  void check(const ModelSignature& signature, const Component& component, const Value& cache) const {
-    const std::size_t length = SignatureName::parse(signature.name).length;
-    const Value* fed = signature.input(width_ > 0 ? "embeddings" : "tokens");
-    const Value* positions = signature.input("input_pos");
-    const Value* turns = signature.input("rope_positions");
-    const std::size_t wanted = length * (width_ > 0 ? width_ : 1) * sizeof(std::int32_t);
-    const bool fits = fed != nullptr && fed->bytes() == wanted && positions != nullptr &&
-                      positions->bytes() == length * sizeof(std::int32_t) && (turns != nullptr) == rope_ &&
-                      (turns == nullptr || turns->bytes() == 3 * length * sizeof(std::int32_t));
-    if (!fits) model_.refuse("its signature " + signature.name + " does not take what decode takes");
-    const std::size_t row = cache.size(1) * cache.size(3) * sizeof(float);
-    for (const auto& [past, added] : component.state) {
-      const Value* from = signature.input(past);
-      const Value* to = signature.output(added);
-      const bool same = from != nullptr && to != nullptr && from->bytes() == cache.bytes() &&
-                        to->bytes() == row * (added == past ? context_ : length);
-      if (!same) model_.refuse("its signature " + signature.name + " has another cache than decode");
+  // The signatures of a decoder, one of them decode itself. Memory is shared by name and filled without looking, so each
+  // must take and give what decode does.
+  std::vector<Entry> promised(const Component& component) const {
+    std::vector<Entry> made;
+    for (const Signature& each : component.signatures) {
+      const SignatureName name = SignatureName::parse(each.name);
+      if (name.length == 0) continue;
+      const DecoderShape shape = decoderShape(component, each, kLiteRtForm, name.length);
+      if (!shape.continues(shape_) || (shape.vocab > 0 && shape.vocab != shape_.vocab)) {
+        throw errors::bundleBadManifest(component.name + ", signature " + each.name, "it is not over what decode is");
+      }
+      made.push_back({&each, name.length, name.window > 0 ? name.window : shape_.context, nullptr});
     }
+    return made;
+  }
+
+  // The signature of this length, over the narrowest window that holds so many tokens; null where there is none.
+  const Entry* entryFor(std::size_t length, std::size_t tokens) const {
+    const auto fits = [&](const Entry& each) { return each.length == length && tokens <= each.window; };
+    const auto found = std::find_if(calls_.begin(), calls_.end(), fits);
+    return found == calls_.end() ? nullptr : &*found;
   }
 
   // Length of the signature for the next of `left` tokens: the longest that they fill or are worth padding for, and
   // that ends inside the cache (behind it the runtime would move the whole piece to the front).
   std::size_t pieceLength(std::size_t left, std::size_t position) const {
     for (const std::size_t length : pieces_) {
-      const bool fits = position + length <= context_;
+      const bool fits = position + length <= shape_.context &&
+                        entryFor(length, position + std::min(left, length)) != nullptr;
       if (fits && (left >= length || (length == pieces_.back() && left * kWorthPadding >= length))) return length;
     }
     return 1;
@@ -175,17 +162,18 @@ class LiteRtDecoder final : public DecoderEngine {
   // before it is overwritten.
   void run(std::size_t length, const Piece& piece, std::size_t start, std::size_t count, std::size_t base) {
     const std::size_t position = base + start;
-    const auto fits = [&](const Entry& each) { return each.length == length && position + count <= each.window; };
-    const auto entry = std::find_if(calls_.begin(), calls_.end(), fits);  // the narrowest window that holds them
-    if (width_ > 0) {
-      std::copy_n(piece.embeddings + start * width_, count * width_, embeddings_);
-      std::fill_n(embeddings_ + count * width_, (length - count) * width_, 0.0F);
+    const Entry* entry = entryFor(length, position + count);
+    if (entry == nullptr) throw errors::runtimeFailed(litert::kRuntime, "no signature takes these tokens");
+    const std::size_t width = shape_.width;
+    if (width > 0) {
+      std::copy_n(piece.embeddings + start * width, count * width, embeddings_);
+      std::fill_n(embeddings_ + count * width, (length - count) * width, 0.0F);
     } else {
       std::copy_n(piece.tokens + start, count, tokens_);
       std::fill_n(tokens_ + count, length - count, 0);
     }
     for (std::size_t i = 0; i < length; ++i) positions_[i] = static_cast<std::int32_t>(position + i);
-    for (std::size_t row = 0; rope_ && row < 3; ++row) {
+    for (std::size_t row = 0; shape_.turns && row < 3; ++row) {
       const std::int64_t* given = piece.rope + row * piece.ropeStride + start;
       for (std::size_t i = 0; i < length; ++i) {
         turns_[row * length + i] = i < count ? static_cast<std::int32_t>(given[i]) : 0;
@@ -193,26 +181,21 @@ class LiteRtDecoder final : public DecoderEngine {
     }
     {
       const Stopwatch watch(seconds_);
-      entry->call.run();
+      entry->call->run();
     }
     for (const Added& each : added_) {  // but for what pads the piece
-      for (std::size_t head = 0; head < heads_; ++head) {
-        std::copy_n(each.slice + head * length * headWidth_, count * headWidth_,
-                    each.cache + (head * context_ + position) * headWidth_);
+      for (std::size_t head = 0; head < shape_.heads; ++head) {
+        std::copy_n(each.slice + head * length * shape_.headWidth, count * shape_.headWidth,
+                    each.cache + (head * shape_.context + position) * shape_.headWidth);
       }
     }
   }
 
+  const DecoderShape shape_;
+  std::vector<Entry> calls_;  // the narrowest window first
   Model model_;
   SharedMemory memory_;
-  std::vector<Entry> calls_;         // the narrowest window first
   std::vector<std::size_t> pieces_;  // lengths above 1, the longest first
-  std::size_t vocab_ = 0;
-  std::size_t context_ = 0;
-  std::size_t width_ = 0;
-  std::size_t heads_ = 0;
-  std::size_t headWidth_ = 0;
-  bool rope_ = false;
   double seconds_ = 0;
   std::vector<Added> added_;  // where the loader writes the cache
   std::int32_t* tokens_ = nullptr;
@@ -226,23 +209,20 @@ class LiteRtDecoder final : public DecoderEngine {
 // tokens; those of another free size are padded to the one that was built.
 class LiteRtGraph final : public GraphEngine {
  public:
-  LiteRtGraph(const std::string& path, const std::string& digest, const std::vector<std::string>& signatures,
-              const RuntimeOptions& options)
-      : model_(path, digest, options) {
-    for (const std::string& name : signatures) {
-      const ModelSignature* signature = model_.signature(name);
-      if (signature == nullptr) model_.refuse("it has no signature " + name);
-      memory_.want(*signature);
-    }
+  // `signatures` are over so many tokens each, one of them over a single one; or there is one, over none.
+  LiteRtGraph(const Bundle& bundle, const std::vector<const Signature*>& signatures, const RuntimeOptions& options)
+      : model_(bundle, signatures.front()->file, options) {
+    for (const Signature* each : signatures) memory_.want(model_.signature(*each));
     memory_.allocate();
-    for (const std::string& name : signatures) {
-      const ModelSignature& signature = *model_.signature(name);
+    for (const Signature* each : signatures) {
+      const ModelSignature& signature = model_.signature(*each);
       for (const Value& value : signature.inputs) {
         if (void* rows = memory_.at(value.name + kCount)) rows_[value.name] = static_cast<std::int32_t*>(rows);
       }
-      calls_.push_back({SignatureName::parse(name).length, &signature, memory_.call(model_, signature)});
+      calls_.push_back({SignatureName::parse(each->name).length, &signature, memory_.call(model_, signature)});
     }
     std::sort(calls_.begin(), calls_.end(), [](const Entry& a, const Entry& b) { return a.length > b.length; });
+    if (calls_.back().length > 1) model_.refuse("no signature of it takes a single token");
   }
 
   void run(const std::vector<TensorView>& inputs, const TensorView& output) override {
@@ -253,7 +233,7 @@ class LiteRtGraph final : public GraphEngine {
     const auto total = static_cast<std::size_t>(output.shape[1]);
     for (std::size_t start = 0; start < total;) {
       const auto fits = [&](const Entry& each) { return each.length <= total - start; };
-      Entry& entry = *std::find_if(calls_.begin(), calls_.end(), fits);  // the longest first; one has length 1
+      Entry& entry = *std::find_if(calls_.begin(), calls_.end(), fits);  // there is one: the last has length 1
       runPart(entry, inputs, output, start, total);
       start += entry.length;
     }
@@ -266,18 +246,13 @@ class LiteRtGraph final : public GraphEngine {
     Call call;
   };
 
-  static const char* givenName(const std::string& canonical) {
-    if (canonical == "input_ids") return "tokens";
-    if (canonical == "inputs_embeds") return "embeddings";
-    return canonical.c_str();
-  }
-
   // One call; `start` of `total` tokens are done already (0 of 0 where the component is not over tokens).
   void runPart(Entry& entry, const std::vector<TensorView>& inputs, const TensorView& output, std::size_t start,
                std::size_t total) {
     for (const TensorView& input : inputs) {
-      const Value* value = entry.signature->input(givenName(input.name));
-      if (value == nullptr) model_.refuse("it has no input " + input.name);
+      const Value* value = entry.signature->input(liteRtName(input.name));
+      const std::int32_t type = input.type == TensorView::Type::kInt64 ? litert::kInt32 : litert::kFloat32;
+      if (value == nullptr || value->type.element != type) model_.refuse("it has no input " + input.name);
       auto* memory = static_cast<std::uint8_t*>(memory_.at(value->name));
       const auto padded = rows_.find(value->name);
       std::int32_t* rows = padded == rows_.end() ? nullptr : padded->second;
@@ -290,7 +265,9 @@ class LiteRtGraph final : public GraphEngine {
         from = all / total * start;
         count = all / total * entry.length;
       }
-      if (count * sizeof(float) > value->bytes() || (rows == nullptr && count * sizeof(float) != value->bytes())) {
+      const std::size_t room = value->bytes() / sizeof(float);
+      if (count > room || (rows == nullptr && count != room)) {
+        if (rows == nullptr || input.shape.size() < 2) model_.refuse("its " + input.name + " has another shape");
         throw errors::tooManyFeatures(static_cast<std::size_t>(input.shape[1]), value->size(1));
       }
       if (input.type == TensorView::Type::kInt64) {
@@ -302,11 +279,13 @@ class LiteRtGraph final : public GraphEngine {
       }
       std::fill(memory + count * sizeof(float), memory + value->bytes(), std::uint8_t{0});
     }
-    entry.call.run();
-    const Value* made = entry.signature->output(givenName(output.name));
+    const Value* made = entry.signature->output(liteRtName(output.name));
     const std::size_t all = output.count();
     const std::size_t count = total > 0 ? all / total * entry.length : all;
-    if (made == nullptr || count * sizeof(float) != made->bytes()) model_.refuse("its output is not " + output.name);
+    if (made == nullptr || made->type.element != litert::kFloat32 || count * sizeof(float) != made->bytes()) {
+      model_.refuse("its output is not " + output.name);
+    }
+    entry.call.run();
     const auto* values = static_cast<const float*>(memory_.at(made->name));
     std::copy_n(values, count, static_cast<float*>(output.data) + (total > 0 ? all / total * start : 0));
   }
@@ -321,20 +300,17 @@ class LiteRtGraph final : public GraphEngine {
 
 std::unique_ptr<DecoderEngine> openLiteRtDecoder(const Bundle& bundle, const Component& component,
                                                  const RuntimeOptions& options) {
-  const std::string file = modelFile(component, kDecode);
-  const std::string& digest = bundle.manifest().files.at(file).sha256;
-  return std::make_unique<LiteRtDecoder>(bundle.path(file), digest, component, options);
+  return std::make_unique<LiteRtDecoder>(bundle, component, options);
 }
 
 std::unique_ptr<GraphEngine> openLiteRtGraph(const Bundle& bundle, const Component& component,
                                              const std::string& variant, const RuntimeOptions& options) {
-  std::vector<std::string> names;
+  std::vector<const Signature*> signatures;
   for (const Signature& each : component.signatures) {
-    if (variant.empty() && SignatureName::parse(each.name).length > 0) names.push_back(each.name);
+    if (variant.empty() && SignatureName::parse(each.name).length > 0) signatures.push_back(&each);
   }
-  if (names.empty()) names.push_back(variant.empty() ? kStep : variant);
-  const std::string file = modelFile(component, names[0]);
-  return std::make_unique<LiteRtGraph>(bundle.path(file), bundle.manifest().files.at(file).sha256, names, options);
+  if (signatures.empty()) signatures.push_back(&promisedBy(component, variant.empty() ? kStep : variant));
+  return std::make_unique<LiteRtGraph>(bundle, signatures, options);
 }
 
 }  // namespace edgeexport

@@ -1,29 +1,18 @@
 // Opens a .tflite file: its external weights are checked first, since the runtime trusts the offsets in the file.
 #include "litert_model.h"
 
-#include <sys/stat.h>
 #include <unistd.h>
 
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 
-#include "edgeexport/sha256.h"
+#include "interface.h"
 #include "named.h"
+#include "packed_weights.h"
 #include "tflite_check.h"
 
 namespace edgeexport::litert {
 namespace {
-
-// Where the packed weights of a model file are kept, or nothing. XNNPACK takes any file whose weights have the same
-// shapes, and computes with another model's numbers without a word: so the name holds the content's hash, and the
-// file's own size and time.
-std::string packedWeights(const std::string& path, const std::string& digest, const RuntimeOptions& options) {
-  struct stat found {};
-  if (options.cacheFolder.empty() || ::stat(path.c_str(), &found) != 0) return "";
-  const std::string key = digest + " " + std::to_string(found.st_size) + " " + std::to_string(found.st_mtime);
-  return options.cacheFolder + "/" + sha256Hex(key) + ".xnnpack";
-}
 
 std::string quotedToml(const std::string& text) {
   std::string made = "\"";
@@ -33,26 +22,6 @@ std::string quotedToml(const std::string& text) {
   }
   return made + "\"";
 }
-
-// While one is alive the runtime packs weights into a file of this process's; at the end it gets its lasting name.
-class PackedWeights {
- public:
-  explicit PackedWeights(std::string kept) : kept_(std::move(kept)), used_(kept_) {
-    struct stat found {};
-    if (!kept_.empty() && ::stat(kept_.c_str(), &found) != 0) used_ = kept_ + "." + std::to_string(::getpid());
-  }
-  ~PackedWeights() {
-    if (used_ != kept_ && std::rename(used_.c_str(), kept_.c_str()) != 0) std::remove(used_.c_str());
-  }
-  PackedWeights(const PackedWeights&) = delete;
-  PackedWeights& operator=(const PackedWeights&) = delete;
-
-  const std::string& used() const { return used_; }
-
- private:
-  std::string kept_;
-  std::string used_;
-};
 
 }  // namespace
 
@@ -66,11 +35,11 @@ const Value* ModelSignature::input(const std::string& wanted) const { return nam
 
 const Value* ModelSignature::output(const std::string& wanted) const { return named(outputs, wanted); }
 
-Model::Model(const std::string& path, const std::string& digest, const RuntimeOptions& options)
-    : path_(path), library_(options.litert), api_(library_) {
-  const std::string damage = tfliteDamage(path);
+Model::Model(const Bundle& bundle, const std::string& file, const RuntimeOptions& options)
+    : file_(file), path_(bundle.path(file)), library_(options.litert), api_(library_) {
+  const std::string damage = tfliteDamage(path_);
   if (!damage.empty()) refuse(damage);
-  const PackedWeights packed(packedWeights(path, digest, options));
+  PackedWeights packed(bundle, file, library_.path("LiteRtCreateEnvironment"), options);
   try {
     const EnvironmentOption settings[] = {{kAutoRegister, {kIntOption, kCpu}},
                                           {kLogSeverity, {kIntOption, kLogErrors}}};
@@ -78,7 +47,7 @@ Model::Model(const std::string& path, const std::string& digest, const RuntimeOp
     check(api_.createEnvironment(2, settings, &environment), "LiteRtCreateEnvironment");
     environment_ = Held<Environment>(environment, {api_.destroyEnvironment});
     ModelHandle* model = nullptr;
-    check(api_.createModelFromFile(environment, path.c_str(), &model), "LiteRtCreateModelFromFile");
+    check(api_.createModelFromFile(environment, path_.c_str(), &model), "LiteRtCreateModelFromFile");
     model_ = Held<ModelHandle>(model, {api_.destroyModel});
 
     Options* raw = nullptr;
@@ -87,7 +56,7 @@ Model::Model(const std::string& path, const std::string& digest, const RuntimeOp
     check(api_.setAccelerators(raw, kCpu), "LiteRtSetOptionsHardwareAccelerators");
     const long processors = options.threads > 0 ? options.threads : ::sysconf(_SC_NPROCESSORS_ONLN);
     std::string toml = "num_threads = " + std::to_string(processors) + "\n";
-    if (!packed.used().empty()) toml += "weight_cache_file_path = " + quotedToml(packed.used()) + "\n";
+    if (!packed.path().empty()) toml += "weight_cache_file_path = " + quotedToml(packed.path()) + "\n";
     char* payload = ::strdup(toml.c_str());  // the runtime frees it
     OpaqueOptions* cpu = nullptr;
     check(api_.createOpaqueOptions("xnnpack", payload, [](void* text) { std::free(text); }, &cpu),
@@ -97,13 +66,27 @@ Model::Model(const std::string& path, const std::string& digest, const RuntimeOp
     check(api_.createCompiledModel(environment, model, raw, &compiled), "LiteRtCreateCompiledModel");
     compiled_ = Held<CompiledModel>(compiled, {api_.destroyCompiledModel});
     readSignatures();
+    packed.keep();
   } catch (const Error& problem) {
     if (problem.code() != "runtime-failed") throw;
     refuse(problem.why());
   }
 }
 
-const ModelSignature* Model::signature(const std::string& name) const { return named(signatures_, name); }
+const ModelSignature& Model::signature(const Signature& promised) const {
+  const ModelSignature* found = named(signatures_, promised.name);
+  if (found == nullptr || promised.file != file_) refuse("it has no signature " + promised.name);
+  const auto reported = [](const std::vector<Value>& values) {
+    std::vector<ReportedValue> made;
+    for (const Value& value : values) {
+      made.push_back({value.name, value.type.element == kFloat32 ? "float32" : "int32",
+                      {value.type.dimensions, value.type.dimensions + value.type.rank}});
+    }
+    return made;
+  };
+  requirePromised(promised, reported(found->inputs), reported(found->outputs), path_, kRuntime);
+  return *found;
+}
 
 Held<TensorBuffer> Model::buffer(const Value& value, void* memory) const {
   TensorBuffer* made = nullptr;
@@ -137,6 +120,7 @@ void Model::readSignatures() {
       if (value.type.element != kFloat32 && value.type.element != kInt32) {
         refuse(value.name + " is neither float32 nor int32");
       }
+      if (value.type.rank > kMaxRank) refuse(value.name + " has too many dimensions");
       for (std::size_t k = 0; k < value.type.rank; ++k) {
         if (value.type.dimensions[k] < 1) refuse(value.name + " has no fixed shape");
       }

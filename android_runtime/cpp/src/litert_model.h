@@ -44,12 +44,11 @@ struct ModelSignature {
 
 class Model {
  public:
-  // `digest` names the file's content, for the cache of packed weights.
-  Model(const std::string& path, const std::string& digest, const RuntimeOptions& options);
+  // Opens a listed file of the bundle.
+  Model(const Bundle& bundle, const std::string& file, const RuntimeOptions& options);
 
-  const std::string& path() const { return path_; }
-  const std::vector<ModelSignature>& signatures() const { return signatures_; }
-  const ModelSignature* signature(const std::string& name) const;
+  // What it has under a signature's name: it takes and gives what the manifest says. Throws artifact-does-not-open.
+  const ModelSignature& signature(const Signature& promised) const;
 
   // A tensor over memory of the loader's, 64-byte aligned.
   Held<TensorBuffer> buffer(const Value& value, void* memory) const;
@@ -62,6 +61,7 @@ class Model {
   void readSignatures();
   void check(Status status, const char* call) const;
 
+  std::string file_;
   std::string path_;
   Library library_;
   Api api_;

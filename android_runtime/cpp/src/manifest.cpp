@@ -1,6 +1,10 @@
 // Reads manifest.json: what the loader relies on is checked, what it does not know is left alone.
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
+#include <initializer_list>
+#include <iterator>
+#include <set>
 #include <string_view>
 
 #include "edgeexport/bundle.h"
@@ -16,12 +20,38 @@ constexpr std::string_view kSchemas = "edgeexport.bundle/";
 constexpr std::size_t kMaxPath = 1024;
 constexpr std::size_t kMaxName = 255;  // bytes, what file systems take
 
+// What no tensor of a model that runs on one device exceeds. Sizes of memory are worked out from these numbers, in
+// bytes and over all tensors, without a further look.
+constexpr std::size_t kMaxRank = 8;
+constexpr std::int64_t kMaxSize = INT32_MAX;
+constexpr std::int64_t kMaxElements = std::int64_t{1} << 36;
+
+constexpr std::string_view kDtypes[] = {"float64", "float32", "float16", "bfloat16", "int64", "int32",
+                                        "int16",   "int8",    "uint8",   "bool",     "int4"};
+
 [[noreturn]] void refuse(const std::string& problem) { throw JsonError(problem); }
 
-std::int64_t count(const Json& value, std::int64_t least = 0) {
+std::int64_t count(const Json& value) {
   const std::int64_t found = value.integer();
-  if (found < least) refuse("a number is below " + std::to_string(least));
+  if (found < 0) refuse("a number is below 0");
   return found;
+}
+
+// The length of an axis.
+std::int64_t size(const Json& value) {
+  const std::int64_t found = value.integer();
+  if (found < 1 || found > kMaxSize) refuse("a size is not in 1.." + std::to_string(kMaxSize));
+  return found;
+}
+
+// Throws where there are more elements than any tensor has.
+template <typename Sizes, typename SizeOf>
+void checkElements(const std::string& name, const Sizes& sizes, SizeOf sizeOf) {
+  std::int64_t elements = 1;
+  for (const auto& each : sizes) {
+    if (sizeOf(each) > kMaxElements / elements) refuse(name + " has more elements than any tensor");
+    elements *= sizeOf(each);
+  }
 }
 
 std::string text(const Json& object, std::string_view key) {
@@ -63,17 +93,34 @@ void checkPath(const std::string& path) {
   }
 }
 
+std::string dtype(const Json& object) {
+  const std::string found = text(object, "dtype");
+  if (std::find(std::begin(kDtypes), std::end(kDtypes), found) == std::end(kDtypes)) refuse("no dtype: " + found);
+  return found;
+}
+
 TensorSpec tensor(const Json& found) {
   TensorSpec made;
   made.name = text(found, "name");
-  made.dtype = text(found, "dtype");
-  made.shape = listed<Dim>(found, "shape", [](const Json& size) {
-    if (size.isInteger()) return Dim{"", count(size), count(size)};
-    Dim dim{text(size, "name"), count(size.at("min")), count(size.at("max"))};
+  made.dtype = dtype(found);
+  made.shape = listed<Dim>(found, "shape", [](const Json& axis) {
+    if (axis.isInteger()) return Dim{"", size(axis), size(axis)};
+    Dim dim{text(axis, "name"), size(axis.at("min")), size(axis.at("max"))};
     if (dim.min > dim.max) refuse("a dimension's min is above its max");
     return dim;
   });
+  if (made.shape.size() > kMaxRank) refuse(made.name + " has more than " + std::to_string(kMaxRank) + " dimensions");
+  checkElements(made.name, made.shape, [](const Dim& dim) { return dim.max; });
   return made;
+}
+
+// The names of a signature's inputs or outputs, each of them once.
+std::set<std::string> namesOf(const std::string& signature, const std::vector<TensorSpec>& specs) {
+  std::set<std::string> names;
+  for (const TensorSpec& spec : specs) {
+    if (!names.insert(spec.name).second) refuse("signature " + signature + " has two values named " + spec.name);
+  }
+  return names;
 }
 
 Signature signature(const Json& found) {
@@ -85,13 +132,12 @@ Signature signature(const Json& found) {
   return made;
 }
 
-bool names(const std::vector<Signature>& signatures, const std::string& wanted, bool output) {
-  for (const Signature& each : signatures) {
-    for (const TensorSpec& spec : output ? each.outputs : each.inputs) {
-      if (spec.name == wanted) return true;
-    }
-  }
-  return false;
+KvLayout layout(const Json& kv) {
+  const KvLayout made{size(kv.at("layers")), size(kv.at("kv_heads")), size(kv.at("head_dim")), size(kv.at("context")),
+                      dtype(kv)};
+  checkElements("the cache", std::initializer_list<std::int64_t>{made.layers, made.kvHeads, made.headDim, made.context},
+                [](std::int64_t each) { return each; });
+  return made;
 }
 
 Component component(const Json& found, const std::map<std::string, FileEntry>& files) {
@@ -104,21 +150,30 @@ Component component(const Json& found, const std::map<std::string, FileEntry>& f
     if (pair.array().size() != 2) refuse("a state is no pair");
     return std::pair(pair.array()[0].string(), pair.array()[1].string());
   });
-  if (const Json* kv = found.find("kv"); kv != nullptr && !kv->isNull()) {
-    made.kv = KvLayout{count(kv->at("layers"), 1), count(kv->at("kv_heads"), 1), count(kv->at("head_dim"), 1),
-                       count(kv->at("context"), 1), text(*kv, "dtype")};
-  }
+  if (const Json* kv = found.find("kv"); kv != nullptr && !kv->isNull()) made.kv = layout(*kv);
+  const std::set<std::string> own(made.files.begin(), made.files.end());
   for (const std::string& file : made.files) {
     if (files.count(file) == 0) refuse("component " + made.name + " names a file that is not listed: " + file);
   }
+  std::set<std::string> known;
+  std::set<std::string> inputs;
+  std::set<std::string> outputs;
   for (const Signature& each : made.signatures) {
-    if (!each.file.empty() && std::count(made.files.begin(), made.files.end(), each.file) == 0) {
+    if (!known.insert(each.name).second) refuse("component " + made.name + " has two signatures named " + each.name);
+    if (!each.file.empty() && own.count(each.file) == 0) {
       refuse("signature " + each.name + " is in a file that is not the component's: " + each.file);
     }
+    inputs.merge(namesOf(each.name, each.inputs));
+    outputs.merge(namesOf(each.name, each.outputs));
   }
+  std::set<std::string> caches;
+  std::set<std::string> replacements;
   for (const auto& [source, replacement] : made.state) {
-    if (!names(made.signatures, source, false) || !names(made.signatures, replacement, true)) {
+    if (inputs.count(source) == 0 || outputs.count(replacement) == 0) {
       refuse("component " + made.name + " has a state that is no input and output: " + source);
+    }
+    if (!caches.insert(source).second || !replacements.insert(replacement).second) {
+      refuse("component " + made.name + " has a state twice: " + source);
     }
   }
   return made;
@@ -164,8 +219,9 @@ Manifest manifest(const Json& found) {
   }
   made.components =
       listed<Component>(found, "components", [&](const Json& each) { return component(each, made.files); });
-  for (std::size_t i = 0; i < made.components.size(); ++i) {
-    if (made.component(made.components[i].name) != &made.components[i]) refuse("two components have the same name");
+  std::set<std::string> names;
+  for (const Component& each : made.components) {
+    if (!names.insert(each.name).second) refuse("two components are named " + each.name);
   }
   made.golden = golden(found.at("golden"));
   for (const auto& file : {made.golden.file, made.golden.chat}) {
@@ -173,6 +229,9 @@ Manifest manifest(const Json& found) {
   }
   for (const Golden::Case& each : made.golden.shown) {
     if (made.files.count(each.file) == 0) refuse("golden names a file that is not listed: " + each.file);
+    for (const Golden::Medium& medium : each.media) {
+      if (made.files.count(medium.file) == 0) refuse("golden names a file that is not listed: " + medium.file);
+    }
   }
   if (const Json* contract = found.find("text"); contract != nullptr && !contract->isNull()) {
     made.stopIds = listed<std::int64_t>(*contract, "stop_ids", [](const Json& id) { return count(id); });

@@ -166,7 +166,11 @@ std::vector<float> resample(const SoundView& sound, int target) {
 }
 
 std::vector<float> logMel(const SoundView& sound, const AudioContract& contract) {
-  const std::vector<float> samples = resample(sound, contract.sampleRate);
+  requireSound(sound);
+  SoundView heard = sound;  // what lies behind the window and a filter's reach is not resampled
+  const double seconds = contract.seconds + 2 * kSideTaps / std::min(sound.rate, contract.sampleRate);
+  heard.count = std::min(sound.count, static_cast<std::size_t>(std::ceil(seconds * sound.rate)));
+  const std::vector<float> samples = resample(heard, contract.sampleRate);
   const auto size = static_cast<std::size_t>(contract.fftSize);
   const auto hop = static_cast<std::size_t>(contract.hopLength);
   const std::size_t count = contract.samples();

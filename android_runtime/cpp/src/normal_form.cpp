@@ -9,6 +9,7 @@ namespace edgeexport {
 namespace {
 
 constexpr std::uint32_t kCodes = 0x110000;
+constexpr std::uint32_t kMaxParts = 18;  // of a character: The Unicode Standard, chapter 3.11, stays below
 
 // Hangul syllables are made by arithmetic: The Unicode Standard, chapter 3.12.
 constexpr char32_t kSyllable = 0xAC00, kLead = 0x1100, kVowel = 0x1161, kTail = 0x11A7;
@@ -20,6 +21,9 @@ NormalForm::NormalForm(NumbersReader& reader) {
   const Numbers counts = reader.numbers(4);
   from_ = reader.numbersBelow(counts[0], kCodes);
   starts_ = reader.starts(counts[0], counts[1]);
+  for (std::uint32_t i = 0; i < counts[0]; ++i) {
+    reader.require(starts_[i + 1] - starts_[i] <= kMaxParts, "a character has too many parts");
+  }
   parts_ = reader.numbersBelow(counts[1], kCodes);
   classes_ = reader.numbersBelow(counts[2], kCodes << 8);
   reader.require(counts[3] < kCodes, "it has too many compositions");

@@ -1,11 +1,12 @@
 // Runs .onnx and .ort artifacts in ONNX Runtime on the processor; a decoder's KV cache is bound once, updated in place.
 #include <algorithm>
 #include <array>
-#include <map>
 #include <memory>
+#include <utility>
 
 #include "arena.h"
 #include "engines.h"
+#include "interface.h"
 #include "onnxruntime_api.h"
 #include "stopwatch.h"
 
@@ -29,10 +30,14 @@ struct Release {
 template <typename Type>
 using Held = std::unique_ptr<Type, Release<Type>>;
 
-struct ValueSpec {
-  int type = 0;
-  std::vector<std::int64_t> shape;  // -1 where it is symbolic
-};
+// The manifest's name of an element type; of those that no bundle has, a name that no manifest knows.
+std::string dtypeOf(int type) {
+  switch (type) {
+    case kFloat: return "float32";
+    case kInt64: return "int64";
+    default: return "type " + std::to_string(type);
+  }
+}
 
 // The runtime with one open model.
 class Model {
@@ -52,7 +57,7 @@ class Model {
       memory_ = make<OrtMemoryInfo>(api_.releaseMemoryInfo, [&](OrtMemoryInfo** out) {
         return api_.createCpuMemoryInfo(kDeviceAllocator, kDefaultMemory, out);
       });
-      readSpecs();
+      readValues();
     } catch (const Error& problem) {
       throw errors::artifactDoesNotOpen(path, kRuntime, problem.why());
     }
@@ -61,20 +66,8 @@ class Model {
   const Api& api() const { return api_; }
   OrtSession* session() const { return session_.get(); }
 
-  // An input or output; throws artifact-does-not-open unless it is there with this type and number of dimensions.
-  const ValueSpec& spec(const std::string& name, int type, std::size_t rank) const {
-    const auto found = specs_.find(name);
-    if (found == specs_.end() || found->second.type != type || found->second.shape.size() != rank) {
-      throw errors::artifactDoesNotOpen(path_, kRuntime, "it has no " + name + " of the type that the loader feeds");
-    }
-    return found->second;
-  }
-  bool has(const std::string& name) const { return specs_.count(name) > 0; }
-  // A fixed size of a shape. Throws artifact-does-not-open.
-  std::size_t size(const ValueSpec& spec, std::size_t axis) const {
-    if (spec.shape[axis] <= 0) throw errors::artifactDoesNotOpen(path_, kRuntime, "a size is not fixed");
-    return static_cast<std::size_t>(spec.shape[axis]);
-  }
+  // Throws artifact-does-not-open unless it takes and gives what the manifest says.
+  void requireAs(const Signature& promised) const { requirePromised(promised, inputs_, outputs_, path_, kRuntime); }
 
   Held<OrtValue> tensor(void* data, int type, const std::int64_t* shape, std::size_t rank) const {
     std::size_t bytes = type == kFloat ? sizeof(float) : sizeof(std::int64_t);
@@ -99,32 +92,37 @@ class Model {
   }
 
  private:
-  void readSpecs() {
+  void readValues() {
     OrtAllocator* allocator = nullptr;
     check(api_.defaultAllocator(&allocator));
     const auto read = [&](auto count, auto nameOf, auto typeOf) {
+      std::vector<ReportedValue> values;
       std::size_t total = 0;
       check(count(session_.get(), &total));
       for (std::size_t i = 0; i < total; ++i) {
         char* name = nullptr;
         check(nameOf(session_.get(), i, allocator, &name));
-        const std::string copy = name;
+        ReportedValue value{name, "no tensor", {}};
         check(api_.allocatorFree(allocator, name));
         const auto info = make<OrtTypeInfo>(api_.releaseTypeInfo,
                                             [&](OrtTypeInfo** out) { return typeOf(session_.get(), i, out); });
         const OrtTensorTypeAndShapeInfo* tensor = nullptr;
         check(api_.tensorInfo(info.get(), &tensor));
-        if (tensor == nullptr) continue;
-        ValueSpec& spec = specs_[copy];
-        std::size_t rank = 0;
-        check(api_.elementType(tensor, &spec.type));
-        check(api_.dimensionCount(tensor, &rank));
-        spec.shape.resize(rank);
-        check(api_.dimensions(tensor, spec.shape.data(), rank));
+        if (tensor != nullptr) {
+          int type = 0;
+          std::size_t rank = 0;
+          check(api_.elementType(tensor, &type));
+          check(api_.dimensionCount(tensor, &rank));
+          value.dtype = dtypeOf(type);
+          value.shape.resize(rank);
+          check(api_.dimensions(tensor, value.shape.data(), rank));
+        }
+        values.push_back(std::move(value));
       }
+      return values;
     };
-    read(api_.inputCount, api_.inputName, api_.inputTypeInfo);
-    read(api_.outputCount, api_.outputName, api_.outputTypeInfo);
+    inputs_ = read(api_.inputCount, api_.inputName, api_.inputTypeInfo);
+    outputs_ = read(api_.outputCount, api_.outputName, api_.outputTypeInfo);
   }
 
   std::string path_;
@@ -133,72 +131,74 @@ class Model {
   Held<OrtEnv> env_{nullptr, {nullptr}};
   Held<OrtSession> session_{nullptr, {nullptr}};
   Held<OrtMemoryInfo> memory_{nullptr, {nullptr}};
-  std::map<std::string, ValueSpec> specs_;
+  std::vector<ReportedValue> inputs_;
+  std::vector<ReportedValue> outputs_;
 };
 
-std::string graphFile(const Bundle& bundle, const Component& component, const std::string& variant) {
+const Signature& signatureOf(const Component& component, const std::string& variant) {
   const Signature* signature = component.signature(variant.empty() ? kStep : variant);
   if (signature == nullptr) throw errors::bundleNoVariant(component.name, variant);
+  return *signature;
+}
+
+std::string graphFile(const Bundle& bundle, const Component& component, const Signature& signature) {
   for (const std::string& file : component.files) bundle.path(file);  // the weights lie in files that the graph names
-  return bundle.path(signature->file);
+  return bundle.path(signature.file);
 }
 
 class OnnxDecoder final : public DecoderEngine {
  public:
-  OnnxDecoder(const std::string& path, const Component& component, const RuntimeOptions& options)
-      : model_(path, options) {
-    if (component.state.empty()) throw errors::artifactDoesNotOpen(path, kRuntime, "it has no cache");
-    const ValueSpec& logits = model_.spec("logits", kFloat, 3);
-    vocab_ = model_.size(logits, 2);
-    context_ = model_.size(model_.spec(component.state[0].first, kFloat, 4), 2);
-    longest_ = std::min(kLongestPiece, context_);
-    rope_ = model_.has("rope_positions");
-    if (model_.has("inputs_embeds")) width_ = model_.size(model_.spec("inputs_embeds", kFloat, 3), 2);
-    model_.spec(fedName(), width_ > 0 ? kFloat : kInt64, width_ > 0 ? 3 : 2);
-
-    std::size_t needed = Arena::room(sizeof(std::int64_t)) + Arena::room(vocab_ * sizeof(float)) +
-                         Arena::room(longest_ * (width_ > 0 ? width_ * sizeof(float) : sizeof(std::int64_t))) +
-                         Arena::room(3 * longest_ * sizeof(std::int64_t));
-    for (const auto& pair : component.state) needed += Arena::room(cacheSize(pair.first) * sizeof(float));
-    arena_ = std::make_unique<Arena>(needed);
+  OnnxDecoder(const std::string& path, const Component& component, const Signature& signature,
+              const RuntimeOptions& options)
+      : shape_(decoderShape(component, signature, kCanonicalForm, 0)), model_(path, options) {
+    if (shape_.vocab == 0) throw errors::artifactDoesNotOpen(path, kRuntime, "it gives no logits");
+    model_.requireAs(signature);
+    const std::size_t longest = std::min(kLongestPiece, shape_.context);
+    const std::size_t cache = shape_.heads * shape_.context * shape_.headWidth;
+    arena_ = std::make_unique<Arena>(
+        Arena::room(sizeof(std::int64_t)) + Arena::room(shape_.vocab * sizeof(float)) +
+        Arena::room(longest * (width() > 0 ? width() * sizeof(float) : sizeof(std::int64_t))) +
+        Arena::room(3 * longest * sizeof(std::int64_t)) + component.state.size() * Arena::room(cache * sizeof(float)));
     position_ = arena_->take<std::int64_t>(1);
-    logits_ = arena_->take<float>(vocab_);
-    if (width_ > 0) {
-      embeddings_ = arena_->take<float>(longest_ * width_);
+    logits_ = arena_->take<float>(shape_.vocab);
+    if (width() > 0) {
+      embeddings_ = arena_->take<float>(longest * width());
     } else {
-      tokens_ = arena_->take<std::int64_t>(longest_);
+      tokens_ = arena_->take<std::int64_t>(longest);
     }
-    turns_ = arena_->take<std::int64_t>(3 * longest_);
+    turns_ = arena_->take<std::int64_t>(3 * longest);
 
     binding_ = model_.make<OrtIoBinding>(
         api().releaseIoBinding, [&](OrtIoBinding** out) { return api().createIoBinding(model_.session(), out); });
     const std::int64_t one = 1;
     bindInput("position", position_, kInt64, &one, 1);
-    const std::array<std::int64_t, 3> logitsShape = {1, 1, static_cast<std::int64_t>(vocab_)};
+    const std::array<std::int64_t, 3> logitsShape = {1, 1, static_cast<std::int64_t>(shape_.vocab)};
+    const std::array<std::int64_t, 4> cacheShape = {1, static_cast<std::int64_t>(shape_.heads),
+                                                    static_cast<std::int64_t>(shape_.context),
+                                                    static_cast<std::int64_t>(shape_.headWidth)};
     bindOutput("logits", hold(model_.tensor(logits_, kFloat, logitsShape.data(), logitsShape.size())));
     for (const auto& [past, present] : component.state) {
-      const ValueSpec& spec = model_.spec(past, kFloat, 4);
-      model_.spec(present, kFloat, 4);
-      OrtValue* cache =
-          hold(model_.tensor(arena_->take<float>(cacheSize(past)), kFloat, spec.shape.data(), spec.shape.size()));
-      model_.check(api().bindInput(binding_.get(), past.c_str(), cache));
-      bindOutput(present, cache);
+      OrtValue* held =
+          hold(model_.tensor(arena_->take<float>(cache), kFloat, cacheShape.data(), cacheShape.size()));
+      model_.check(api().bindInput(binding_.get(), past.c_str(), held));
+      bindOutput(present, held);
     }
   }
 
-  std::size_t context() const noexcept override { return context_; }
-  std::size_t vocab() const noexcept override { return vocab_; }
-  std::size_t width() const noexcept override { return width_; }
+  std::size_t context() const noexcept override { return shape_.context; }
+  std::size_t vocab() const noexcept override { return shape_.vocab; }
+  std::size_t width() const noexcept override { return shape_.width; }
+  bool turns() const noexcept override { return shape_.turns; }
   double runtimeSeconds() const noexcept override { return seconds_; }
 
   const float* step(const Piece& piece, std::size_t position) override {
     if (piece.count != bound_) bindPiece(piece.count);
-    if (width_ > 0) {
-      std::copy_n(piece.embeddings, piece.count * width_, embeddings_);
+    if (width() > 0) {
+      std::copy_n(piece.embeddings, piece.count * width(), embeddings_);
     } else {
       std::copy_n(piece.tokens, piece.count, tokens_);
     }
-    for (std::size_t row = 0; rope_ && row < 3; ++row) {
+    for (std::size_t row = 0; shape_.turns && row < 3; ++row) {
       std::copy_n(piece.rope + row * piece.ropeStride, piece.count, turns_ + row * piece.count);
     }
     *position_ = static_cast<std::int64_t>(position);
@@ -209,12 +209,7 @@ class OnnxDecoder final : public DecoderEngine {
 
  private:
   const Api& api() const { return model_.api(); }
-  const char* fedName() const { return width_ > 0 ? "inputs_embeds" : "input_ids"; }
-
-  std::size_t cacheSize(const std::string& name) const {
-    const ValueSpec& spec = model_.spec(name, kFloat, 4);
-    return model_.size(spec, 0) * model_.size(spec, 1) * model_.size(spec, 2) * model_.size(spec, 3);
-  }
+  const char* fedName() const { return width() > 0 ? kCanonicalForm.embeddings : kCanonicalForm.tokens; }
 
   OrtValue* hold(Held<OrtValue> value) {
     held_.push_back(std::move(value));
@@ -234,23 +229,19 @@ class OnnxDecoder final : public DecoderEngine {
   void bindPiece(std::size_t count) {
     bound_ = 0;
     const auto length = static_cast<std::int64_t>(count);
-    const std::array<std::int64_t, 3> fed = {1, length, static_cast<std::int64_t>(width_)};
-    if (width_ > 0) {
+    const std::array<std::int64_t, 3> fed = {1, length, static_cast<std::int64_t>(width())};
+    if (width() > 0) {
       bindInput(fedName(), embeddings_, kFloat, fed.data(), 3);
     } else {
       bindInput(fedName(), tokens_, kInt64, fed.data(), 2);
     }
     const std::array<std::int64_t, 3> turned = {3, 1, length};
-    if (rope_) bindInput("rope_positions", turns_, kInt64, turned.data(), 3);
+    if (shape_.turns) bindInput("rope_positions", turns_, kInt64, turned.data(), 3);
     bound_ = count;
   }
 
+  const DecoderShape shape_;
   Model model_;
-  std::size_t vocab_ = 0;
-  std::size_t context_ = 0;
-  std::size_t longest_ = 0;
-  std::size_t width_ = 0;
-  bool rope_ = false;
   double seconds_ = 0;
   std::unique_ptr<Arena> arena_;
   std::int64_t* position_ = nullptr;
@@ -265,7 +256,10 @@ class OnnxDecoder final : public DecoderEngine {
 
 class OnnxGraph final : public GraphEngine {
  public:
-  OnnxGraph(const std::string& path, const RuntimeOptions& options) : model_(path, options) {}
+  OnnxGraph(const std::string& path, const Signature& signature, const RuntimeOptions& options)
+      : model_(path, options) {
+    model_.requireAs(signature);
+  }
 
   void run(const std::vector<TensorView>& inputs, const TensorView& output) override {
     held_.clear();
@@ -300,12 +294,14 @@ class OnnxGraph final : public GraphEngine {
 
 std::unique_ptr<DecoderEngine> openOnnxDecoder(const Bundle& bundle, const Component& component,
                                                const RuntimeOptions& options) {
-  return std::make_unique<OnnxDecoder>(graphFile(bundle, component, ""), component, options);
+  const Signature& signature = signatureOf(component, "");
+  return std::make_unique<OnnxDecoder>(graphFile(bundle, component, signature), component, signature, options);
 }
 
 std::unique_ptr<GraphEngine> openOnnxGraph(const Bundle& bundle, const Component& component, const std::string& variant,
                                            const RuntimeOptions& options) {
-  return std::make_unique<OnnxGraph>(graphFile(bundle, component, variant), options);
+  const Signature& signature = signatureOf(component, variant);
+  return std::make_unique<OnnxGraph>(graphFile(bundle, component, signature), signature, options);
 }
 
 }  // namespace edgeexport

@@ -13,7 +13,7 @@ EncoderInput prepareImage(const ImageView& image, const Preprocess& contract) {
   if (contract.patches) {
     const PatchContract& each = *contract.patches;
     const Grid grid = chooseGrid(image.height, image.width, each);
-    made.variant = std::to_string(grid.rows) + "x" + std::to_string(grid.columns);
+    made.variant = grid.name();
     made.name = "patches";
     made.values = patches(image, each, grid);
     const std::int64_t count = std::int64_t{grid.rows} * grid.columns;

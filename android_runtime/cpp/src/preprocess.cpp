@@ -14,6 +14,10 @@ namespace {
 
 constexpr double kMaxPixels = 1 << 26;
 constexpr double kMaxId = 2147483648.0;
+constexpr std::size_t kMaxGrids = 1024;
+// Ten minutes in windows of 10 ms with 256 mels; Whisper's 30 s are 240,000 values and 30 million products.
+constexpr double kMaxMelValues = 1 << 24;
+constexpr double kMaxTransforms = 1 << 30;
 
 void require(bool good, const std::string& problem) {
   if (!good) throw JsonError(problem);
@@ -71,6 +75,7 @@ PatchContract patchesOf(const Json& image) {
   require(static_cast<double>(made.temporalPatchSize) * made.factor() * made.factor() <= kMaxPixels,
           "one merged patch has too many pixels");
   if (const Json* grids = image.find("grids")) {
+    require(grids->array().size() <= kMaxGrids, "it has too many grids");
     for (const Json& each : grids->array()) {
       require(each.array().size() == 2, "a grid is not rows and columns");
       const Grid grid{whole(each.array()[0], "grids", 1, 4096), whole(each.array()[1], "grids", 1, 4096)};
@@ -107,6 +112,11 @@ AudioContract audioOf(const Json& audio) {
               made.samples() % static_cast<std::size_t>(made.hopLength) == 0,
           "seconds are not whole hops");
   require(made.samples() > static_cast<std::size_t>(made.fftSize), "the window is shorter than n_fft");
+  require(static_cast<double>(made.frames()) * made.mels <= kMaxMelValues, "its windows and mels are too many");
+  int odd = made.fftSize;
+  while (odd % 2 == 0) odd /= 2;
+  // halving takes the square of what is left odd
+  require(static_cast<double>(made.frames()) * made.fftSize * odd <= kMaxTransforms, "its windows take too long");
   return made;
 }
 

@@ -3,23 +3,16 @@
 
 #include <algorithm>
 #include <cmath>
-#include <new>
 
 #include "edgeexport/prepare.h"
 #include "errors.h"
+#include "guard.h"
 
 namespace edgeexport {
 namespace {
 
-// Runtimes throw it through their C functions, and vectors do.
-template <typename Work>
-void guarded(Work work) {
-  try {
-    work();
-  } catch (const std::bad_alloc&) {
-    throw errors::outOfMemory("to compute with these tokens");
-  }
-}
+constexpr const char* kTokens = "to compute with these tokens";
+constexpr const char* kMedium = "to take in the picture or sound";
 
 }  // namespace
 
@@ -36,10 +29,15 @@ class Session::Use {
 };
 
 std::unique_ptr<Session> Session::open(const Bundle& bundle, const RuntimeOptions& options) {
-  auto engine = openDecoder(bundle, options);
-  std::unique_ptr<Inputs> inputs;
-  if (engine->width() > 0) inputs = std::make_unique<Inputs>(bundle, options, engine->width(), engine->context());
-  return std::make_unique<Session>(std::move(engine), std::move(inputs));
+  return guarded("to open the session", [&] {
+    auto engine = openDecoder(bundle, options);
+    std::unique_ptr<Inputs> inputs;
+    if (engine->width() > 0) inputs = std::make_unique<Inputs>(bundle, options, engine->width(), engine->context());
+    if (engine->turns() != (inputs && inputs->turns())) {
+      throw errors::bundleBadManifest("decoder", "it takes M-RoPE positions, or the contract of prompts makes some, not both");
+    }
+    return std::make_unique<Session>(std::move(engine), std::move(inputs));
+  });
 }
 
 Session::Session(std::unique_ptr<DecoderEngine> engine, std::unique_ptr<Inputs> inputs)
@@ -53,35 +51,31 @@ double Session::runtimeSeconds() {
 Features Session::encodeImage(const ImageView& image) {
   const Use use(*this);
   if (!inputs_) throw errors::modalityMissing("picture", "vision");
-  Features made;
-  guarded([&] { made = inputs_->encode(prepareImage(image, inputs_->contract())); });
-  return made;
+  return guarded(kMedium, [&] { return inputs_->encode(prepareImage(image, inputs_->contract())); });
 }
 
 Features Session::encodeAudio(const SoundView& sound) {
   const Use use(*this);
   if (!inputs_) throw errors::modalityMissing("sound", "audio");
-  Features made;
-  guarded([&] { made = inputs_->encode(prepareAudio(sound, inputs_->contract())); });
-  return made;
+  return guarded(kMedium, [&] { return inputs_->encode(prepareAudio(sound, inputs_->contract())); });
 }
 
 std::vector<std::int32_t> Session::expand(const std::vector<std::int32_t>& tokens,
                                           const std::vector<Features>& features) {
   const Use use(*this);
-  return inputs_ ? inputs_->expand(tokens, features) : tokens;
+  return guarded(kTokens, [&] { return inputs_ ? inputs_->expand(tokens, features) : tokens; });
 }
 
 void Session::prefill(const std::int32_t* tokens, std::size_t count, float* logits,
                       const std::vector<Features>& features) {
   const Use use(*this);
-  guarded([&] { append(tokens, count, features, false, logits); });
+  guarded(kTokens, [&] { append(tokens, count, features, false, logits); });
 }
 
 void Session::decode(std::int32_t token, float* logits) {
   static const std::vector<Features> kNone;
   const Use use(*this);
-  guarded([&] { append(&token, 1, kNone, true, logits); });
+  guarded(kTokens, [&] { append(&token, 1, kNone, true, logits); });
 }
 
 void Session::append(const std::int32_t* tokens, std::size_t count, const std::vector<Features>& features, bool written,

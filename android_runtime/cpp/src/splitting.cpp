@@ -12,6 +12,10 @@ constexpr std::uint32_t kMaxClasses = 64;
 constexpr std::uint32_t kMaxItems = 64;
 constexpr std::uint32_t kMaxAlternatives = 1024;
 
+// Patterns of known tokenizers take some 50 steps for a character; long runs of spaces or newlines more, by their length.
+constexpr std::uint64_t kStepsPerText = std::uint64_t{1} << 22;
+constexpr std::uint64_t kStepsPerCharacter = std::uint64_t{1} << 11;
+
 bool has(std::uint64_t classes, std::uint8_t each) { return (classes >> each & 1) != 0; }
 
 }  // namespace
@@ -47,19 +51,25 @@ std::uint8_t SplittingStep::classOf(char32_t code) const {
   return static_cast<std::uint8_t>(*(after - 1) & 0xFF);
 }
 
-std::size_t SplittingStep::matched(const Item* item, const Item* end, const std::vector<std::uint8_t>& classes,
-                                   std::size_t at, std::size_t last) {
+void SplittingStep::Attempt::step() const {
+  if (left == 0) throw errors::tokenizerUnusable("tokenizer/bpe.bin", "its patterns take too many steps for a text");
+  --left;
+}
+
+std::size_t SplittingStep::matched(const Item* item, const Item* end, const Attempt& attempt, std::size_t at) {
+  attempt.step();
   if (item == end) return at;
+  const auto& classes = attempt.classes;
   if (item->absent) {
-    const bool follows = at < last && has(item->classes, classes[at]);
-    return follows ? kNone : matched(item + 1, end, classes, at, last);
+    const bool follows = at < attempt.last && has(item->classes, classes[at]);
+    return follows ? kNone : matched(item + 1, end, attempt, at);
   }
-  const std::size_t limit = at + std::min<std::size_t>(item->most, last - at);
+  const std::size_t limit = at + std::min<std::size_t>(item->most, attempt.last - at);
   std::size_t stop = at;
-  while (stop < limit && has(item->classes, classes[stop])) ++stop;
+  for (; stop < limit && has(item->classes, classes[stop]); ++stop) attempt.step();
   if (stop - at < item->least) return kNone;
   for (;; --stop) {
-    const std::size_t found = matched(item + 1, end, classes, stop, last);
+    const std::size_t found = matched(item + 1, end, attempt, stop);
     if (found != kNone || stop - at == item->least) return found;
   }
 }
@@ -69,13 +79,15 @@ std::vector<Span> SplittingStep::split(const std::vector<char32_t>& codes, const
   classes.resize(codes.size());
   std::transform(codes.begin(), codes.end(), classes.begin(), [this](char32_t code) { return classOf(code); });
   std::vector<Span> found;
+  std::uint64_t left = kStepsPerText + kStepsPerCharacter * codes.size();
   for (const Span& piece : pieces) {
+    const Attempt attempt{classes, piece.last, left};
     std::size_t unmatched = piece.first;
     std::size_t at = piece.first;
     while (at < piece.last) {
       std::size_t stop = kNone;
       for (const Alternative& each : alternatives_) {
-        stop = matched(each.data(), each.data() + each.size(), classes, at, piece.last);
+        stop = matched(each.data(), each.data() + each.size(), attempt, at);
         if (stop != kNone) break;
       }
       if (stop == kNone) {

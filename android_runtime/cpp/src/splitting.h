@@ -22,7 +22,9 @@ class SplittingStep {
   // Throws tokenizer-unusable.
   explicit SplittingStep(NumbersReader& reader);
 
-  // Splits each of `pieces` of the text `codes`; `classes` is working memory.
+  // Splits each of `pieces` of the text `codes`; `classes` is working memory. Throws tokenizer-unusable where that takes
+  // more steps than any pattern of a tokenizer needs: repetitions behind each other can be tried in exponentially many
+  // ways.
   std::vector<Span> split(const std::vector<char32_t>& codes, const std::vector<Span>& pieces,
                           std::vector<std::uint8_t>& classes) const;
 
@@ -36,9 +38,16 @@ class SplittingStep {
   using Alternative = std::vector<Item>;
 
   std::uint8_t classOf(char32_t code) const;
+  // One match that is tried: the classes of a piece's characters, and the steps that are left.
+  struct Attempt {
+    const std::vector<std::uint8_t>& classes;
+    std::size_t last;
+    std::uint64_t& left;
+
+    void step() const;  // throws tokenizer-unusable where none is left
+  };
   // The end of the longest match at `at` that a regex engine finds first, or kNone.
-  static std::size_t matched(const Item* item, const Item* end, const std::vector<std::uint8_t>& classes,
-                             std::size_t at, std::size_t last);
+  static std::size_t matched(const Item* item, const Item* end, const Attempt& attempt, std::size_t at);
 
   Numbers ranges_;  // first code point << 8 | class, ascending
   std::vector<Alternative> alternatives_;

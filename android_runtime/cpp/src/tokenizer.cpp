@@ -23,10 +23,11 @@ constexpr std::uint32_t kNone = 0xFFFFFFFF;
 constexpr std::uint32_t kNfc = 1, kWholeTokens = 2;
 constexpr std::uint32_t kMaxIds = 1U << 21;
 constexpr std::uint32_t kMaxSteps = 64;
+constexpr std::uint32_t kMaxToken = 1U << 16;  // bytes: each id of an answer adds so many to its text
+constexpr std::uint32_t kMaxAround = 64;       // ids that are put before or after a text
 
 struct Added {
   std::int32_t id;
-  bool normalized;  // looked for in the text's normal form
   std::string text;
 };
 
@@ -67,7 +68,7 @@ struct Tokenizer::Tables {
   Numbers byteIds;
   Numbers mergeStarts, mergeRights, mergeRanks, mergeResults;
   Numbers byBytes;
-  std::vector<Added> added;
+  std::array<std::vector<Added>, 2> added;  // in order; of the second, those that are looked for in a text's normal form
   std::vector<bool> special;  // by id
   Ids before, after;
   std::optional<NormalForm> normalForm;
@@ -103,6 +104,7 @@ Tokenizer::Tables::Tables(NumbersReader reader) {
   reader.require(count > 0 && count <= kMaxIds, "it has no ids, or too many");
   reader.require(head[7] <= kMaxSteps && flags <= (kNfc | kWholeTokens), "it asks for steps that are unknown");
   starts = reader.starts(count, head[1]);
+  for (std::uint32_t i = 0; i < count; ++i) reader.require(starts[i + 1] - starts[i] <= kMaxToken, "a token is too long");
   bytes = std::string(reader.paddedBytes(head[1]));
   byteIds = reader.numbers(256);
   const auto wrong = [count](std::uint32_t id) { return id != kNone && id >= count; };
@@ -117,13 +119,14 @@ Tokenizer::Tables::Tables(NumbersReader reader) {
     const Numbers row = reader.numbers(4);
     reader.require(row[0] < count, "an added token is out of bounds");
     special[row[0]] = row[1] != 0;
-    Added token{static_cast<std::int32_t>(row[0]), row[2] != 0, std::string(reader.paddedBytes(row[3]))};
-    if (!token.text.empty()) added.push_back(std::move(token));
+    reader.require(row[3] <= kMaxToken, "an added token is too long");
+    Added token{static_cast<std::int32_t>(row[0]), std::string(reader.paddedBytes(row[3]))};
+    if (!token.text.empty()) added[row[2] != 0 ? 1 : 0].push_back(std::move(token));
   }
-  // those with the same first byte side by side, the longest first
-  std::sort(added.begin(), added.end(), [](const Added& a, const Added& b) {
-    return a.text[0] != b.text[0] ? a.text[0] < b.text[0] : a.text.size() > b.text.size();
-  });
+  for (std::vector<Added>* each : {&added[0], &added[1]}) {
+    std::stable_sort(each->begin(), each->end(), [](const Added& a, const Added& b) { return a.text < b.text; });
+  }
+  reader.require(head[5] <= kMaxAround && head[6] <= kMaxAround, "it puts too many tokens around a text");
   const Numbers around = reader.numbersBelow(std::size_t{head[5]} + head[6], count);
   before.assign(around.begin(), around.begin() + static_cast<std::ptrdiff_t>(head[5]));
   after.assign(around.begin() + static_cast<std::ptrdiff_t>(head[5]), around.end());
@@ -132,13 +135,23 @@ Tokenizer::Tables::Tables(NumbersReader reader) {
   reader.end();
 }
 
+// The longest added token that stands at a place: among those that begin as the text does, byte by byte.
 const Added* Tokenizer::Tables::addedAt(std::string_view text, std::size_t at, bool normalized) const {
-  const auto byFirst = [](const Added& token, char first) { return token.text[0] < first; };
-  auto each = std::lower_bound(added.begin(), added.end(), text[at], byFirst);
-  for (; each != added.end() && each->text[0] == text[at]; ++each) {
-    if (each->normalized == normalized && text.compare(at, each->text.size(), each->text) == 0) return &*each;
+  const std::vector<Added>& all = added[normalized ? 1 : 0];
+  const Added* found = nullptr;
+  auto first = all.begin();
+  auto end = all.end();
+  for (std::size_t depth = 0; first != end && at + depth < text.size(); ++depth) {
+    // those that have ended before this byte come first, and count as lower than any
+    const auto value = [depth](const Added& token) {
+      return depth < token.text.size() ? static_cast<unsigned char>(token.text[depth]) : -1;
+    };
+    const int wanted = static_cast<unsigned char>(text[at + depth]);
+    first = std::partition_point(first, end, [&](const Added& token) { return value(token) < wanted; });
+    end = std::partition_point(first, end, [&](const Added& token) { return value(token) == wanted; });
+    if (first != end && first->text.size() == depth + 1) found = &*first;
   }
-  return nullptr;
+  return found;
 }
 
 // Appends the added tokens of a text and, through `rest`, what stands between them.

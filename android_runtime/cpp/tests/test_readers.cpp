@@ -1,5 +1,6 @@
 // The readers of untrusted files: examples, then mutated ones, of which every one must be read or refused.
 // Files that are given as arguments are mutated as well; small ones make a thorough test.
+#include <array>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -12,9 +13,11 @@
 #include "check.h"
 #include "edgeexport/bundle.h"
 #include "edgeexport/json.h"
+#include "edgeexport/preprocess.h"
 #include "edgeexport/safetensors.h"
 #include "edgeexport/sha256.h"
 #include "golden_media.h"
+#include "splitting.h"
 #include "tflite_check.h"
 
 namespace {
@@ -116,6 +119,18 @@ void testManifest() {
       "\"components\": [], \"model\": {\"name\": \"m\"}, \"target\": {\"name\": \"t\"}, \"quantisation\": \"q\", "
       "\"schema\": \"edgeexport.bundle/1\"}";
   CHECK(code("{\"files\": {\"a/b.bin\"" + rest).empty());
+  const std::string tensor =
+      "{\"schema\": \"edgeexport.bundle/1\", \"files\": {}, \"golden\": {\"not_run\": \"none\"}, \"model\": {\"name\": "
+      "\"m\"}, \"target\": {\"name\": \"t\"}, \"quantisation\": \"q\", \"components\": [{\"name\": \"c\", \"backend\": "
+      "\"b\", \"signatures\": [{\"name\": \"s\", \"inputs\": [{\"name\": \"i\", \"dtype\": \"float32\", \"shape\": ";
+  for (const char* shape : {"[]", "[1]", "[2147483647]", "[{\"name\": \"T\", \"min\": 1, \"max\": 9}]"}) {
+    CHECK(code(tensor + shape + "}]}]}]}").empty());
+  }
+  for (const char* shape :
+       {"[0]", "[-1]", "[2147483648]", "[9223372036854775807, 2]", "[2147483647, 2147483647, 2147483647]", "[1.0]",
+        "[65536, 65536, 65536, 65536]", "[1,1,1,1,1,1,1,1,1]", "[{\"name\": \"T\", \"min\": 0, \"max\": 9}]", "7"}) {
+    CHECK(code(tensor + shape + "}]}]}]}") == "bundle-bad-manifest");
+  }
   for (const char* path : {"", "/a", "../a", "a/../b", "a//b", "./a", "a/", "a\\\\b", "c:a", "a\\u0000b", "a\\u007f"}) {
     CHECK(code("{\"files\": {\"" + std::string(path) + "\"" + rest) == "bundle-bad-manifest");
   }
@@ -151,6 +166,61 @@ void testMedia() {
   for (std::size_t cut = 0; cut < wave().size(); ++cut) {
     CHECK(codeOf([&] { edgeexport::readWave(wave().substr(0, cut), ""); }) == "golden-unusable");
   }
+}
+
+std::string numbers(const std::vector<std::uint32_t>& values) {
+  std::string made;
+  for (const std::uint32_t each : values) made += little(each);
+  return made;
+}
+
+// A pre-tokeniser over two classes of characters: spaces are 1, all others 0.
+edgeexport::SplittingStep splitting(const std::vector<std::vector<std::array<std::uint32_t, 4>>>& alternatives) {
+  std::vector<std::uint32_t> table = {3, 0, 0x20 << 8 | 1, 0x21 << 8, static_cast<std::uint32_t>(alternatives.size())};
+  for (const auto& items : alternatives) {
+    table.push_back(static_cast<std::uint32_t>(items.size()));
+    for (const auto& [absent, classes, least, most] : items) table.insert(table.end(), {absent, classes, 0, least, most});
+  }
+  const std::string bytes = numbers(table);
+  edgeexport::NumbersReader reader(bytes, "test");
+  return edgeexport::SplittingStep(reader);
+}
+
+void testSplitting() {
+  constexpr std::uint32_t kMany = 0xFFFFFFFF;
+  std::vector<std::uint8_t> classes;
+  const auto pieces = [&](const edgeexport::SplittingStep& step, const std::u32string& text) {
+    return step.split({text.begin(), text.end()}, {{0, text.size()}}, classes).size();
+  };
+  // \s+(?!\S)|\s?\S+|\s+, as GPT-2 has it
+  const auto usual = splitting({{{0, 2, 1, kMany}, {1, 1, 0, 1}}, {{0, 2, 0, 1}, {0, 1, 1, kMany}}, {{0, 2, 1, kMany}}});
+  CHECK(pieces(usual, U"a bc  d") == 4);
+  CHECK(pieces(usual, std::u32string(300000, U' ')) == 1);
+  CHECK(pieces(usual, std::u32string(300000, U'a')) == 1);
+  CHECK(pieces(usual, std::u32string(300000, U' ') + U"a") == 2);
+  // (\S*){30}\s: every way to share 40 characters out is tried
+  std::vector<std::array<std::uint32_t, 4>> bomb(30, {0, 1, 0, kMany});
+  bomb.push_back({0, 2, 1, 1});
+  const auto bombed = splitting({bomb});
+  CHECK(codeOf([&] { pieces(bombed, std::u32string(40, U'a')); }) == "tokenizer-unusable");
+}
+
+// Files that are small and ask for much.
+void testBombs() {
+  CHECK(!isJson("[" + std::string(4 << 20, '0') + "]"));
+  std::string many = "[0";
+  for (int i = 0; i < 3 << 20; ++i) many += ",0";
+  CHECK(!isJson(many + "]"));
+  CHECK(!isJson("0." + std::string(1 << 20, '1')));
+  const auto contract = [](const std::string& audio) {
+    return codeOf([&] { edgeexport::Preprocess::parse("{\"schema\": \"edgeexport.preprocess/1\", \"audio\": {" + audio + "}}"); });
+  };
+  const std::string rest = "\"kind\": \"whisper-log-mel\", \"sample_rate\": 16000, ";
+  CHECK(contract(rest + "\"n_fft\": 400, \"hop_length\": 160, \"n_mels\": 128, \"seconds\": 30").empty());
+  CHECK(contract(rest + "\"n_fft\": 400, \"hop_length\": 16, \"n_mels\": 256, \"seconds\": 600") ==
+        "bundle-bad-preprocess");
+  CHECK(contract(rest + "\"n_fft\": 4094, \"hop_length\": 100, \"n_mels\": 8, \"seconds\": 600") ==
+        "bundle-bad-preprocess");
 }
 
 // Feeds one text to every reader: each reads or refuses it.
@@ -192,6 +262,8 @@ int main(int count, char** values) {
   testSafetensors();
   testManifest();
   testMedia();
+  testSplitting();
+  testBombs();
   std::vector<std::string> seeds = {"{\"a\": [1, -2.5e1, true, null], \"b\": {\"c\": \"\\u00e9\\ud83d\\ude00\"}}",
                                     safetensors(kTensor, std::string(8, '\1')), bitmap(), wave()};
   for (int i = 1; i < count; ++i) {

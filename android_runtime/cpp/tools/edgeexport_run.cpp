@@ -11,6 +11,7 @@
 //   --check            makes the conversations anew, and compares golden vectors with the bundle's gates
 //   --report           prints the report that `edgeexport parity BUNDLE --import` reads
 //   --verify           reads every file of the bundle and compares its hash
+//   --verified         they were: opens the session without reading them again
 #include <chrono>
 #include <cstring>
 #include <fstream>
@@ -102,6 +103,8 @@ Arguments parse(int count, char** values) {
       made.report = true;
     } else if (name == "--verify") {
       made.verify = true;
+    } else if (name == "--verified") {
+      made.runtime.verify = false;
     } else if (made.bundle.empty() && name[0] != '-') {
       made.bundle = name;
     } else {
@@ -215,7 +218,7 @@ int main(int count, char** values) {
   } catch (const std::logic_error& problem) {
     std::cerr << "edgeexport-run BUNDLE [--tokens 1,2,3]... [--picture FILE HEIGHT WIDTH] [--sound FILE RATE] "
                  "[--keep N] [--logits FILE] [--max-tokens N] [--threads N] [--onnxruntime PATH] [--litert PATH] "
-                 "[--cache FOLDER] [--engines FOLDER] [--check] [--report] [--verify]: not understood: "
+                 "[--cache FOLDER] [--engines FOLDER] [--check] [--report] [--verify] [--verified]: not understood: "
               << problem.what() << "\n";
     return 2;
   }
@@ -227,6 +230,9 @@ int main(int count, char** values) {
   } catch (const std::invalid_argument& problem) {
     std::cerr << problem.what() << " has another size\n";
     return 2;
+  } catch (const std::exception& problem) {
+    std::cerr << "error[internal-error]: " << problem.what() << "\n";
+    return 70;
   }
   return 0;
 }

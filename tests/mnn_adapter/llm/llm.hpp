@@ -76,6 +76,7 @@ class VARP {
   VARP(const VARP&) = default;
   VARP& operator=(const VARP&) = default;
   Variable* operator->() const { return mContent.get(); }
+  Variable* get() const { return mContent.get(); }
 
  private:
   std::shared_ptr<Variable> mContent;
@@ -103,6 +104,13 @@ class Module {
   static Module* load(const std::vector<std::string>& inputs, const std::vector<std::string>& outputs,
                       const char* file, const std::shared_ptr<Executor::RuntimeManager> manager,
                       const Config* config = nullptr);
+  struct Info {
+    std::vector<Variable::Info> inputs;
+    Dimensionformat defaultFormat;
+    std::shared_ptr<Executor::RuntimeManager> runTimeManager;
+    std::vector<std::string> inputNames, outputNames;
+  };
+  const Info* getInfo() const;
 };
 
 }  // namespace Express

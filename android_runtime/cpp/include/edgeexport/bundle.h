@@ -111,6 +111,8 @@ class Bundle {
   std::string read(const std::string& name, std::size_t limit) const;
   // Reads every listed file and compares its hash. Throws as path does.
   void verify() const;
+  // The same of one listed file.
+  void verify(const std::string& name) const;
 
  private:
   std::string folder_;

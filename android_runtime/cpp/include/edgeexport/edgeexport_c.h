@@ -32,6 +32,7 @@ typedef struct edgeexport_options {
   const char* onnxruntime;
   const char* litert;
   const char* cache_folder;
+  int32_t verified; /* 0: files are read and compared with their hashes before a runtime opens them; see RuntimeOptions */
 } edgeexport_options;
 
 EDGEEXPORT_API edgeexport_error* edgeexport_bundle_open(const char* folder, edgeexport_bundle** bundle);

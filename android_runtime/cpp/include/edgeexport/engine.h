@@ -16,9 +16,14 @@ struct RuntimeOptions {
   int threads = 0;  // 0: the runtime chooses
   std::string onnxruntime = "libonnxruntime.so";
   std::string litert = "libLiteRt.so";
-  // A folder of the app's (context.cacheDir) where LiteRT's packed weights are kept between runs. Without one it packs
-  // them in memory, once for each signature of the model.
+  // A folder of the app's (context.cacheDir) where LiteRT's packed weights are kept between runs, and used again where
+  // they still have the digest that they were kept with. Without one it packs them in memory, once for each signature
+  // of the model.
   std::string cacheFolder;
+  // A runtime trusts the file that it opens: what is damaged in it ends the process. So the files of a component are read
+  // and compared with their hashes each time before one is opened. Switch it off for a bundle that was verified when it
+  // was installed, in a folder that nothing but the app writes to.
+  bool verify = true;
   // Where the engines are that TensorRT built on this very device; by default `engines` beside the bundle's folder.
   std::string engines;
 };
@@ -44,6 +49,7 @@ class DecoderEngine {
   virtual std::size_t context() const noexcept = 0;  // slots in the cache
   virtual std::size_t vocab() const noexcept = 0;    // number of logits
   virtual std::size_t width() const noexcept = 0;    // of the embeddings it takes; 0 where it takes token ids
+  virtual bool turns() const noexcept { return false; }  // whether it takes M-RoPE positions
   // Writes the piece's keys and values at cache slots position.. in place, and returns the logits [vocab] of its last
   // token, which the next call overwrites. Throws runtime-failed.
   virtual const float* step(const Piece& piece, std::size_t position) = 0;
@@ -78,8 +84,8 @@ class GraphEngine {
 };
 
 // Opens a component with the runtime that the manifest names for it. Throws backend-not-built, runtime-missing,
-// runtime-too-old, artifact-does-not-open, bundle-no-component, bundle-no-variant, out-of-memory, and what
-// Bundle::path throws.
+// runtime-too-old, artifact-does-not-open, bundle-bad-manifest, bundle-no-component, bundle-no-variant, out-of-memory,
+// and what Bundle::verify throws.
 std::unique_ptr<DecoderEngine> openDecoder(const Bundle& bundle, const RuntimeOptions& options);
 std::unique_ptr<GraphEngine> openGraph(const Bundle& bundle, const std::string& component, const std::string& variant,
                                        const RuntimeOptions& options);

@@ -42,11 +42,13 @@ Preprocess contractOf(const Bundle& bundle);
 // The way into one model. Calls come from one thread at a time.
 class Inputs {
  public:
-  // Opens the embedding of a bundle that has a preprocess.json. Throws what contractOf and openGraph throw.
+  // Opens the embedding of a bundle that has a preprocess.json, once what the manifest says of all components agrees
+  // with the contract and the decoder's width. Throws what contractOf and openGraph throw.
   Inputs(const Bundle& bundle, const RuntimeOptions& options, std::size_t width, std::size_t context);
   ~Inputs();
 
   const Preprocess& contract() const noexcept { return contract_; }
+  bool turns() const { return contract_.splices && contract_.positionRows == 3; }  // by M-RoPE
 
   Features encode(const EncoderInput& input);
 
@@ -65,7 +67,7 @@ class Inputs {
   double runtimeSeconds() const noexcept { return seconds_; }
 
  private:
-  bool turns() const { return contract_.splices && contract_.positionRows == 3; }  // by M-RoPE
+  void checkPromises() const;
   GraphEngine& graph(const std::string& component, const std::string& variant);
   void splice(const std::int32_t* tokens, std::size_t count, const std::vector<Features>& features);
   void attend(std::size_t count, const std::vector<Features>& features);
@@ -90,7 +92,7 @@ class Inputs {
   std::vector<TensorView> fusionInputs_;
   TensorView fusionOutput_;
 
-  std::vector<std::int64_t> ropeAt_;  // M-RoPE position of the token that would follow so many cached ones
+  std::vector<std::int64_t> ropeAt_;  // M-RoPE position of the token that would follow so many cached ones, by number
   std::int64_t nextRope_ = 0;
   std::vector<Features> attended_;
   std::size_t attendedFrom_ = 0;

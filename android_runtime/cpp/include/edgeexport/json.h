@@ -1,4 +1,4 @@
-// Strict JSON as it comes with a bundle: UTF-8, every key once, finite numbers, bounded in size and depth.
+// Strict JSON as it comes with a bundle: UTF-8, every key once, finite numbers, bounded in size, depth and number.
 #pragma once
 
 #include <cstddef>
@@ -22,6 +22,7 @@ class JsonError : public std::runtime_error {
 struct JsonLimits {
   std::size_t bytes = std::size_t{16} << 20;
   int depth = 64;
+  std::size_t values = std::size_t{1} << 20;  // each takes some 60 bytes of memory, however short its text is
 };
 
 class Json {

@@ -17,6 +17,8 @@ struct Grid {
   int columns = 0;
 
   bool operator==(const Grid& other) const noexcept { return rows == other.rows && columns == other.columns; }
+  // Of the signature that was built for it.
+  std::string name() const { return std::to_string(rows) + "x" + std::to_string(columns); }
 };
 
 // RGB bytes, resized as Pillow's bicubic does it, then (byte * rescaleFactor - mean) / std, then patches.
@@ -32,6 +34,7 @@ struct PatchContract {
   std::vector<Grid> grids;  // those that were built
 
   int factor() const noexcept { return patchSize * mergeSize; }
+  std::int64_t patchValues() const noexcept { return std::int64_t{3} * temporalPatchSize * patchSize * patchSize; }
 };
 
 // RGB bytes, stretched to size x size as Pillow's bicubic does it, then (byte / 255 - mean) / std.

@@ -18,7 +18,9 @@ public final class BlockingSession implements AutoCloseable {
     /** Opens the bundle in a folder of the app's. It takes seconds for a large model. */
     public static BlockingSession open(String folder, EdgeOptions options) {
         return new BlockingSession(
-                Native.open(folder, options.threads, options.onnxruntime, options.litert, options.cacheFolder));
+                Native.open(
+                        folder, options.threads, options.onnxruntime, options.litert, options.cacheFolder,
+                        options.verified));
     }
 
     /** Reads every file of a bundle and compares its hash: right after a download. */
@@ -29,7 +31,8 @@ public final class BlockingSession implements AutoCloseable {
     /** Measures the golden vectors, and gives the JSON that `edgeexport parity BUNDLE --import` reads. */
     public static String deviceReport(String folder, EdgeOptions options, String model, String system) {
         return Native.deviceReport(
-                folder, options.threads, options.onnxruntime, options.litert, options.cacheFolder, model, system);
+                folder, options.threads, options.onnxruntime, options.litert, options.cacheFolder, options.verified,
+                model, system);
     }
 
     /** Replays the golden vectors of text; throws where a gate is missed. The session is reset. */

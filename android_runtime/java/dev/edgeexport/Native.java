@@ -8,15 +8,16 @@ final class Native {
 
     private Native() {}
 
-    static native long open(String folder, int threads, String onnxruntime, String litert, String cacheFolder);
+    static native long open(
+            String folder, int threads, String onnxruntime, String litert, String cacheFolder, boolean verified);
 
     static native void close(long session);
 
     static native void verify(String folder);
 
     static native String deviceReport(
-            String folder, int threads, String onnxruntime, String litert, String cacheFolder, String model,
-            String system);
+            String folder, int threads, String onnxruntime, String litert, String cacheFolder, boolean verified,
+            String model, String system);
 
     static native void selfCheck(long session);
 
