@@ -10,11 +10,10 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
-from edgeexport import errors
+from edgeexport import errors, strict_json
 from edgeexport.bundle import device_report, open_bundle
 from edgeexport.bundle.bundle import Bundle
 from edgeexport.bundle.files import sha256_of
-from edgeexport.bundle.manifest import strict_json
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.parity import report as reports
 from edgeexport.parity.report import Extra
@@ -100,9 +99,9 @@ def _read(bundle: Bundle) -> tuple[list[ParityResult], Extra]:
     if sha256_of(place) != entry.sha256:
         raise errors.bundle_file_changed(bundle.path, REPORT, "its sha256 is not the one in the manifest")
     try:
-        document = strict_json(place.read_bytes())
+        document = strict_json.parse(place.read_bytes())
         checked = msgspec.convert(document, _Report)
-    except (ValueError, RecursionError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:
         raise errors.parity_report_bad(place, str(error)) from error
     known = Extra(
         model=checked.model,

@@ -60,6 +60,15 @@ class BundleError(EdgeExportError):
     exit_code = 8
 
 
+def shown(value: object, width: int = 200) -> str:
+    """A foreign value as Python writes it, `width` characters at most: none is too large, too deep or too odd."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a whole number of thousands of digits; a list of lists of lists
+        return f"a value of type {type(value).__name__} that is too large to write out"
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """A "did you mean" clause for an unknown name, and the names there are."""
     names = sorted(known)
@@ -908,7 +917,7 @@ def bad_preprocessor(key: str, value: object, why: str) -> CheckpointError:
     return CheckpointError(
         _error(
             "bad-preprocessor",
-            f"preprocessor_config.json has an unusable {key}: {value!r:.200}",
+            f"preprocessor_config.json has an unusable {key}: {shown(value)}",
             f"preprocessor_config.json: {key}",
             why,
             "correct preprocessor_config.json, or download the checkpoint again",
@@ -1320,7 +1329,7 @@ def bad_config(key: str, value: object, why: str) -> CheckpointError:
     return CheckpointError(
         _error(
             "bad-config",
-            f"config.json has an unusable {key}: {value!r}",
+            f"config.json has an unusable {key}: {shown(value)}",
             f"config.json: {key}",
             why,
             "correct config.json, or download the checkpoint again",

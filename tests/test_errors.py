@@ -23,7 +23,7 @@ PAGE = ROOT / "docs" / "errors.md"
 DEFINED = [
     node.name
     for node in ast.parse((SOURCE / "errors.py").read_text()).body
-    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name != "suggest"
+    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and node.name not in {"suggest", "shown"}
 ]
 CONSTRUCTORS = sorted(set(DEFINED))
 

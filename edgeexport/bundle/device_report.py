@@ -15,9 +15,9 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edgeexport import errors
+from edgeexport import errors, strict_json
 from edgeexport.bundle.bundle import Bundle, read_manifest
-from edgeexport.bundle.manifest import Sha256, Text, strict_json
+from edgeexport.bundle.manifest import Sha256, Text
 from edgeexport.core import ParityResult, Verdict
 
 SCHEMA: Final = "edgeexport.device-parity/1"
@@ -96,9 +96,9 @@ def read(path: Path) -> DeviceReport:
     if len(data) > MAX_BYTES:
         raise errors.parity_report_bad(path, f"it has more than {MAX_BYTES} bytes")
     try:
-        report = msgspec.convert(strict_json(data), DeviceReport)
+        report = msgspec.convert(strict_json.parse(data), DeviceReport)
         datetime.fromisoformat(report.date)
-    except (ValueError, RecursionError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
+    except (ValueError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
         raise errors.parity_report_bad(path, str(error)) from error
     labels = [report.component, report.device.model, report.device.system, *(row.units for row in report.rows)]
     labels += [text for text in (report.bundle_title, *(row.golden for row in report.rows)) if text]

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import unicodedata
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Final, Literal, NoReturn
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import Meta, Struct
 
-from edgeexport import core, errors
+from edgeexport import core, errors, strict_json
 from edgeexport.core import Verdict
+from edgeexport.limits import UNTRUSTED
 
 SCHEMA: Final = "edgeexport.bundle/1"
 FILE = "manifest.json"
@@ -218,29 +218,22 @@ def from_json(data: bytes, where: object = FILE) -> Manifest:
     if len(data) > MAX_BYTES:
         raise errors.bundle_bad_manifest(where, f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
-        found = strict_json(data)
-    except (ValueError, RecursionError) as error:
+        found = strict_json.parse(data)
+    except ValueError as error:
         raise errors.bundle_bad_manifest(where, f"it is not strict JSON: {error}") from error
     named = found.get("schema") if isinstance(found, dict) else None
     if not isinstance(named, str):
         raise errors.bundle_bad_manifest(where, f'it does not say "schema": "{SCHEMA}"')
     if named != SCHEMA:
         if named.startswith("edgeexport.bundle/"):
-            raise errors.bundle_too_new(where, named, SCHEMA)
-        raise errors.bundle_bad_manifest(where, f"its schema is {named!r}, not {SCHEMA}")
+            raise errors.bundle_too_new(where, named[:80], SCHEMA)
+        raise errors.bundle_bad_manifest(where, f"its schema is {errors.shown(named)}, not {SCHEMA}")
     try:
         manifest = msgspec.convert(found, Manifest)
     except (msgspec.ValidationError, OverflowError) as error:
-        raise errors.bundle_bad_manifest(where, str(error)) from error
+        raise errors.bundle_bad_manifest(where, str(error)[:400]) from error
     _refuse_contradictions(manifest, where)
     return manifest
-
-
-def strict_json(data: bytes) -> Any:
-    """JSON with every key once and finite numbers alone. Raises ValueError, RecursionError."""
-    return json.loads(
-        data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
-    )
 
 
 def signatures_of(artifact: core.Artifact) -> tuple[Signature, ...]:
@@ -274,6 +267,8 @@ def path_problem(path: str) -> str | None:
         return "is absolute"
     if any(part in {"", ".", ".."} for part in path.split("/")):
         return "has an empty part, . or .."
+    if path.count("/") >= UNTRUSTED.path_parts:
+        return f"goes through {UNTRUSTED.path_parts} folders or more"
     return None
 
 
@@ -286,24 +281,6 @@ def _tensors(specs: Iterable[core.TensorSpec]) -> tuple[Tensor, ...]:
         )
         for spec in specs
     )
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is given twice")
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is too large")
-    return number
 
 
 def _refuse_contradictions(manifest: Manifest, where: object) -> None:
@@ -366,8 +343,9 @@ def _component_contradictions(component: Component, files: dict[str, FileEntry])
         yield f"component {component.name} has a cache of unknown dtype {component.kv.dtype!r}"
     inputs: set[str] = set()
     outputs: set[str] = set()
+    own = {"", *component.files}
     for signature in component.signatures:
-        if signature.file and signature.file not in component.files:
+        if signature.file not in own:
             yield f"signature {signature.name} is in a file that is not the component's: {signature.file!r}"
         for tensors, seen in ((signature.inputs, inputs), (signature.outputs, outputs)):
             names = [tensor.name for tensor in tensors]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeexport import errors
+from edgeexport import errors, strict_json
 
 CONFIG_LIMIT = 16 * 2**20
 INDEX_LIMIT = 64 * 2**20
 TOKENIZER_LIMIT = 128 * 2**20
-NESTING_LIMIT = 100
 
 
 def contained(folder: Path, name: str) -> Path:
@@ -89,29 +88,17 @@ def read_small(path: Path, limit: int) -> bytes:
 def parse_object(data: bytes, path: Path) -> dict[str, Any]:
     """The JSON object in `data`, UTF-8. Raises `bad-json` for anything else, naming `path`."""
     try:
-        value = json.loads(data.decode("utf-8"))
-    except ValueError as problem:  # not JSON, not UTF-8, or a number of too many digits
+        value = strict_json.parse(data, unique=False)  # transformers lets the last of two equal keys win
+    except ValueError as problem:
         raise errors.bad_json(path, str(problem)) from problem
-    except RecursionError as problem:
-        raise errors.bad_json(path, "it is nested too deeply") from problem
     if not isinstance(value, dict):
         raise errors.bad_json(path, f"expected an object at the top, got {type(value).__name__}")
     return value
 
 
 def read_object(path: Path, limit: int) -> dict[str, Any]:
-    """The JSON object in a file of at most `limit` bytes, nested so little that it can be written again."""
-    value = parse_object(read_small(path, limit), path)
-    level: list[Any] = [value]
-    for _ in range(NESTING_LIMIT):
-        level = [child for item in level for child in _children(item) if isinstance(child, (dict, list))]
-        if not level:
-            return value
-    raise errors.bad_json(path, f"it is nested more than {NESTING_LIMIT} deep")
-
-
-def _children(item: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return item.values() if isinstance(item, dict) else item
+    """The JSON object in a file of at most `limit` bytes."""
+    return parse_object(read_small(path, limit), path)
 
 
 def dump_object(value: Mapping[str, Any]) -> bytes:

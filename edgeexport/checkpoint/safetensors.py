@@ -6,14 +6,13 @@ header, then the data of all tensors without holes or overlaps. Everything is ch
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgeexport import errors
+from edgeexport import errors, strict_json
 from edgeexport.checkpoint.files import INDEX_LIMIT, find, open_regular, pread_exactly, read_object
 from edgeexport.core import TensorRef
 
@@ -56,22 +55,13 @@ def read_header(path: Path) -> dict[str, TensorRef]:
     return _index(_parse_header(header, path), path, data_start=8 + length, file_size=size)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key occurs twice")
-    return result
-
-
 def _parse_header(header: bytes, path: Path) -> dict[str, Any]:
     if not header.startswith(b"{"):
         raise errors.bad_safetensors(path, "the header does not start with {")
     try:
-        value = json.loads(header.decode("utf-8"), object_pairs_hook=_unique_keys)
+        value = strict_json.parse(header)
     except ValueError as problem:
         raise errors.bad_safetensors(path, f"the header is not valid JSON: {problem}") from problem
-    except RecursionError as problem:
-        raise errors.bad_safetensors(path, "the header is nested too deeply") from problem
     metadata = value.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise errors.bad_safetensors(path, "__metadata__ is not a map of strings")

@@ -23,7 +23,7 @@ from edgeexport.core import Checkpoint, Component, Geometry, OracleModel
 if TYPE_CHECKING:
     from edgeexport.session.preprocess import Preprocess
 
-_ROOMS = {"decoder", "stages", "glm4v_stages", "settled"}
+_ROOMS = {"configured", "decoder", "stages", "glm4v_stages", "settled"}
 """Modules of this package that are machinery, not families."""
 
 

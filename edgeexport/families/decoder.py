@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeexport import errors
 from edgeexport.core import Array, Checkpoint, Component, Dim, Geometry, OracleModel, Stage, TensorRef, TensorSpec
+from edgeexport.limits import UNTRUSTED
 
 if TYPE_CHECKING:
     from edgeexport.families.stages import TextModel
@@ -29,6 +30,14 @@ DECODER_OPS = frozenset(
 STATIC_ROPE = {"default", "linear", "llama3", "yarn"}
 """Rotary types whose table depends on the position alone. `dynamic` and `longrope` also depend on the length of the
 sequence, so that no fixed table is right for them."""
+
+ROPE_NUMBERS = frozenset(
+    {
+        "attention_factor", "beta_fast", "beta_slow", "factor", "high_freq_factor", "low_freq_factor", "mscale",
+        "mscale_all_dim", "original_max_position_embeddings", "partial_rotary_factor", "rope_theta",
+    }
+)  # fmt: skip
+"""What transformers' rotary types compute with, and does not check."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +109,23 @@ def geometry_of(config: Mapping[str, Any]) -> Geometry:
     Raises: CheckpointError `bad-config` when a number is missing, not a positive integer, or contradicts another.
     """
     hidden = positive(config, "hidden_size")
-    heads = positive(config, "num_attention_heads")
+    heads = positive(config, "num_attention_heads", most=UNTRUSTED.heads)
     kv_heads = positive(config, "num_key_value_heads") if config.get("num_key_value_heads") is not None else heads
-    head_dim = positive(config, "head_dim") if config.get("head_dim") is not None else hidden // heads
+    if config.get("head_dim") is None and heads > hidden:
+        raise errors.bad_config("num_attention_heads", heads, f"hidden_size {hidden} leaves no width for a head")
+    given = config.get("head_dim") is not None
+    head_dim = positive(config, "head_dim", most=UNTRUSTED.head_dim) if given else hidden // heads
     if heads % kv_heads:
         raise errors.bad_config("num_key_value_heads", kv_heads, f"it must divide num_attention_heads {heads}")
     return Geometry(
-        layers=positive(config, "num_hidden_layers"),
+        layers=positive(config, "num_hidden_layers", most=UNTRUSTED.layers),
         hidden=hidden,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
         vocab=positive(config, "vocab_size"),
         max_context=positive(config, "max_position_embeddings"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        tied=flag(config, "tie_word_embeddings"),
     )
 
 
@@ -124,11 +136,29 @@ def refuse_context(context: int, geometry: Geometry) -> None:
 
 
 def refuse_rope(config: Mapping[str, Any]) -> None:
-    """Raises: ExportError `rope-not-static` for a rotary type that no fixed table is right for."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
+    """Raises: ExportError `rope-not-static` for a rotary type that no fixed table is right for; CheckpointError
+    `bad-config`."""
+    rope = rope_of(config)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if not isinstance(kind, str):
+        raise errors.bad_config("rope_parameters.rope_type", kind, "the name of a rotary type is needed")
     if kind not in STATIC_ROPE:
-        raise errors.rope_not_static(str(kind), STATIC_ROPE)
+        raise errors.rope_not_static(kind[:80], STATIC_ROPE)
+
+
+def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`rope_parameters`, in older files `rope_scaling`; empty where there is neither. Raises: CheckpointError
+    `bad-config`, also for a number of either that is none."""
+    key = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = config.get(key) or {}
+    if not isinstance(rope, Mapping):
+        raise errors.bad_config(key, rope, "a table of values is needed")
+    for at, values in (("", config), (f"{key}.", rope)):
+        for name in ROPE_NUMBERS & values.keys():
+            value = values[name]
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise errors.bad_config(f"{at}{name}", value, "a number is needed")
+    return rope
 
 
 def decoder_component(
@@ -248,9 +278,17 @@ def _kernel_rows(found: tuple[int, ...], shape: tuple[int, ...]) -> bool:
     return len(found) > len(shape) == 2 and found[0] == shape[0] and math.prod(found[1:]) == shape[1]
 
 
-def positive(config: Mapping[str, Any], key: str) -> int:
+def positive(config: Mapping[str, Any], key: str, *, most: int = UNTRUSTED.size) -> int:
     """A size from config.json. Raises: CheckpointError `bad-config`."""
     value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 1 << 40:
-        raise errors.bad_config(key, value, "a positive integer is needed")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        raise errors.bad_config(key, value, f"a positive integer is needed, {most} at most")
     return value
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """A switch from config.json, off where it is not there. Raises: CheckpointError `bad-config`."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise errors.bad_config(key, value, "true or false is needed")
+    return bool(value)

@@ -19,10 +19,12 @@ from edgeexport.families.decoder import (
     DECODER_OPS,
     decoder_component,
     embed_component,
+    flag,
     geometry_of,
     positive,
     refuse_context,
     refuse_rope,
+    rope_of,
 )
 
 if TYPE_CHECKING:
@@ -177,11 +179,13 @@ def mrope_sections(config: Mapping[str, Any], geometry: Geometry) -> tuple[int, 
 
     transformers reads `rope_parameters` (older files: `rope_scaling` and `rope_theta`), and so does this.
     """
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    sections = rope.get("mrope_section") if isinstance(rope, Mapping) else None
-    if not isinstance(sections, list) or not all(isinstance(size, int) and size > 0 for size in sections):
+    rope = rope_of(config)
+    sections = rope.get("mrope_section")
+    if not isinstance(sections, list) or not all(type(size) is int and size > 0 for size in sections):
         raise errors.bad_config("rope_parameters.mrope_section", sections, "a list of positive integers is needed")
     factor = rope.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0 < factor <= 1:
+        raise errors.bad_config("partial_rotary_factor", factor, "a number above 0 and up to 1 is needed")
     pairs = int(geometry.head_dim * factor) // 2
     if sum(sections) != pairs:
         raise errors.bad_config(
@@ -192,7 +196,7 @@ def mrope_sections(config: Mapping[str, Any], geometry: Geometry) -> tuple[int, 
 
 def _token_id(config: Mapping[str, Any], name: str) -> int:
     """A token's id. Raises: CheckpointError `bad-config` where it is missing: class defaults are another model's."""
-    value, vocab = config.get(name), section(config, "text_config").get("vocab_size", 0)
+    value, vocab = config.get(name), positive(section(config, "text_config"), "vocab_size")
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < vocab:
         raise errors.bad_config(name, value, f"a token id below {vocab} is needed")
     return value
@@ -213,8 +217,8 @@ def _agree(image: PatchContract, vision: Mapping[str, Any]) -> None:
 
 def _tied(config: Mapping[str, Any]) -> bool:
     text = config.get("text_config")
-    inner = text.get("tie_word_embeddings") if isinstance(text, Mapping) else None
-    return bool(config.get("tie_word_embeddings", False) or inner)
+    inner = flag(text, "tie_word_embeddings") if isinstance(text, Mapping) else False
+    return flag(config, "tie_word_embeddings") or inner
 
 
 TINY: dict[str, Any] = {

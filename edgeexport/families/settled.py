@@ -30,13 +30,16 @@ def settle(checkpoint: Checkpoint, family: Family) -> Checkpoint:
     """The checkpoint as transformers would load it: names whole, config.json's numbers complete, and tied only where
     its weights are. Its digest says so where anything is not as it was written.
 
-    Raises: CheckpointError for weights that cannot be read, where a head and a table are to be compared.
+    Raises: CheckpointError `bad-config`, and for weights that cannot be read, where a head and a table are compared.
     """
     config = family.completed(checkpoint.config)
+    geometry, stored = family.geometry(config), len(checkpoint.tensors)
+    if geometry.layers > stored:
+        raise errors.bad_config("num_hidden_layers", geometry.layers, f"the weights have {stored} tensors in all")
     tensors = dict(_prefixed(checkpoint.tensors, family))
     remarks: tuple[Finding, ...] = ()
     head, table = tensors.get(family.head), tensors.get(family.table)
-    if family.geometry(config).tied and head is not None:
+    if geometry.tied and head is not None:
         if table is None:
             tensors[family.table] = replace(tensors.pop(family.head), name=family.table)
         elif not _equal(head, table):

@@ -8,7 +8,6 @@ does not equal the op on random inputs is left as it is, and the dialect check t
 
 from __future__ import annotations
 
-import copy
 import sys
 import types
 import warnings
@@ -21,10 +20,11 @@ import numpy as np
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from edgeexport import errors
 from edgeexport.core import Array, Example, OracleModel, Stage, TensorRef
+from edgeexport.families.configured import blamed, transformers_config
 from edgeexport.families.decoder import missing_tensors
 
 ATTENTION = "edgeexport"
@@ -34,24 +34,15 @@ ROPE_VERSION = 23
 ATTENTION_VERSION = 24
 
 
-def transformers_config(config: Mapping[str, Any]) -> Any:
-    """transformers' configuration object from config.json's values; no remote code, no class guessed."""
-    values = {key: value for key, value in config.items() if key not in ("model_type", "transformers_version")}
-    return AutoConfig.for_model(config["model_type"], **_without_dtypes(values))
-
-
-def _without_dtypes(values: Any) -> Any:
-    """A deep copy without the dtypes that a config names, its sub-configs' too: everything here is float32."""
-    if isinstance(values, Mapping):
-        return {key: _without_dtypes(item) for key, item in values.items() if key not in ("dtype", "torch_dtype")}
-    return copy.deepcopy(values)
-
-
 def fake_model(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
-    """transformers' model at full depth with fake float32 weights: shapes without storage."""
-    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
+    """transformers' model at full depth with fake float32 weights: shapes without storage.
+
+    Raises: CheckpointError `bad-config`.
+    """
+    made = transformers_config(config)
+    with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings(), blamed(config):
         warnings.simplefilter("ignore")
-        model = auto.from_config(transformers_config(config), dtype=torch.float32, attn_implementation=ATTENTION)
+        model = auto.from_config(made, dtype=torch.float32, attn_implementation=ATTENTION)
     return model.eval()
 
 
@@ -86,6 +77,9 @@ def rope_tables(text: TextModel, context: int) -> dict[str, Array]:
         )
     if cos is None or sin is None:
         raise errors.rope_not_static(type(rotary).__name__, ("tables of which one half repeats the other",))
+    if not (cos.isfinite().all() and sin.isfinite().all()):
+        rope = getattr(text.body.config, "rope_parameters", None)
+        raise errors.bad_config("rope_parameters", rope, "the angles that follow from it are not finite numbers")
     tables = {"rope.cos": cos, "rope.sin": sin}
     if not text.sections:
         return {name: table.numpy().copy() for name, table in tables.items()}
@@ -516,10 +510,12 @@ def as_numpy(tensor: torch.Tensor) -> Array:
 
 
 def oracle_model(config: Mapping[str, Any], auto: Any = AutoModelForCausalLM) -> Any:
-    """transformers' unmodified model, without storage."""
+    """transformers' unmodified model, without storage. Raises: CheckpointError `bad-config`."""
+    made = transformers_config(config)
 
     def make() -> Any:
-        model = auto.from_config(transformers_config(config), dtype=torch.float32)
+        with blamed(config):
+            model = auto.from_config(made, dtype=torch.float32)
         model.tie_weights()
         return model
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, WhisperConfig
+from transformers import AutoModelForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from edgeexport.families.autoglm_phone.config import AudioConfig, Config, VisionConfig
+from edgeexport.families.configured import blamed, transformers_config
 
 NORM_EPSILON = 1e-3
 """EfficientNet's batch norms."""
@@ -198,22 +200,25 @@ def audio_align(config: Config) -> Align:
 
 
 def audio_encoder(config: AudioConfig) -> Any:
-    """transformers' Whisper encoder over a window of `frames`: [B, n_mels, frames] -> [B, positions, hidden_size]."""
-    return WhisperEncoder(
-        WhisperConfig(
-            num_mel_bins=config.n_mels,
-            d_model=config.hidden_size,
-            encoder_layers=config.layers,
-            encoder_attention_heads=config.heads,
-            encoder_ffn_dim=config.intermediate_size,
-            max_source_positions=config.positions,
+    """transformers' Whisper encoder over a window of `frames`: [B, n_mels, frames] -> [B, positions, hidden_size].
+
+    Raises: CheckpointError `bad-config`.
+    """
+    with blamed({"audio_config": msgspec.to_builtins(config)}):
+        return WhisperEncoder(
+            WhisperConfig(
+                num_mel_bins=config.n_mels,
+                d_model=config.hidden_size,
+                encoder_layers=config.layers,
+                encoder_attention_heads=config.heads,
+                encoder_ffn_dim=config.intermediate_size,
+                max_source_positions=config.positions,
+            )
         )
-    )
 
 
 def decoder(config: Config) -> Any:
-    """transformers' causal language model that `text_config` names, in float32."""
-    values = {key: value for key, value in config.text_config.items() if key not in ("model_type", "dtype")}
-    return AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(config.text_config["model_type"], **values), dtype=torch.float32
-    )
+    """The causal language model that `text_config` names, in float32. Raises: CheckpointError `bad-config`."""
+    made = transformers_config(config.text_config)
+    with blamed(config.text_config):
+        return AutoModelForCausalLM.from_config(made, dtype=torch.float32)
