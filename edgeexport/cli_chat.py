@@ -83,6 +83,8 @@ def run(console: Console, path: Path, prompt: str | None, settings: Settings, sh
     bundle = open_bundle(path)
     if bundle.stand_in:
         console.say(f"Answers are {bundle.stand_in}.")
+    if not settings.raw:
+        bundle.chat_template().warm()
     with bundle.session(threads=settings.threads) as session:
         conversation = Conversation(bundle, session, settings)
         with console.step("Looking and listening") if shown.images or shown.sounds else nullcontext():

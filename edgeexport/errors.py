@@ -1313,6 +1313,18 @@ def chat_template_failed(problem: str) -> BundleError:
     )
 
 
+def chat_template_unusable(problem: str) -> CheckpointError:
+    return CheckpointError(
+        _error(
+            "chat-template-unusable",
+            "the checkpoint's chat template cannot go into a bundle",
+            "chat_template.jinja, or chat_template in tokenizer_config.json",
+            problem,
+            "correct the template, or remove it: the model is then given text as it is",
+        )
+    )
+
+
 def unknown_model_type(model_type: str, known: Iterable[str]) -> CheckpointError:
     return CheckpointError(
         _error(

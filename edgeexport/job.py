@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from edgeexport import backends
+from edgeexport import backends, errors
 from edgeexport.backends.tools import versions_of
 from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
@@ -68,9 +68,16 @@ class Job:
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
-        """How the model is asked; None where the checkpoint has none."""
-        source = self.tokenizer_files.get("chat_template.jinja")
-        return ChatTemplate(source.decode("utf-8"), self.special_tokens.names) if source is not None else None
+        """How the model is asked; None where the checkpoint has none. Raises: CheckpointError
+        `chat-template-unusable`."""
+        data = self.tokenizer_files.get("chat_template.jinja")
+        if data is None:
+            return None
+        try:
+            source = data.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            raise errors.chat_template_unusable(f"it is not UTF-8 text: {problem}") from problem
+        return ChatTemplate(source, self.special_tokens.names)
 
     @cached_property
     def text_tables(self) -> tuple[dict[str, bytes], list[Finding]]:

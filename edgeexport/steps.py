@@ -71,7 +71,7 @@ def refuse_plan(plan: Mapping[str, Any], max_rss: int | None, parity: str) -> No
 def read_tokenizer(job: Job) -> list[Finding]:
     """Raise what is wrong with the tokenizer now, not after minutes of work on the weights; returns remarks.
 
-    Raises: CheckpointError `tokenizer-unusable`, `token-beyond-model`."""
+    Raises: CheckpointError `tokenizer-unusable`, `token-beyond-model`, `chat-template-unusable`."""
     try:
         return _judged_tokenizer(job)
     except errors.BundleError as problem:  # which it is where a session opens it
@@ -80,6 +80,8 @@ def read_tokenizer(job: Job) -> list[Finding]:
 
 def _judged_tokenizer(job: Job) -> list[Finding]:
     path, vocab = job.checkpoint.path, job.family.geometry(job.checkpoint.config).vocab
+    if job.chat_template is not None:
+        job.chat_template.check()
     remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(path)]
     if job.tokenizer.vocab > vocab:
         remarks.append(errors.tokenizer_larger(path, job.tokenizer.vocab, vocab))

@@ -13,10 +13,11 @@ from typing import Any
 from edgeexport import errors
 from edgeexport.core import LEVELS, Finding, Target
 from edgeexport.errors import UsageError
+from edgeexport.limits import UNTRUSTED
 
 PLATFORMS = ("android", "host", "ios", "jetson", "rtx")
 PRECISIONS = ("float16", "float32")
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1 << 16
 
 GATES: Mapping[str, tuple[str, ...]] = {
     "L1": (),
@@ -71,10 +72,12 @@ def parse(name: str, source: str, file: str) -> Target:
 
     Raises: UsageError with every problem of the text.
     """
+    if max(map(len, source.splitlines()), default=0) > UNTRUSTED.line:
+        raise errors.bad_target(file, f"a line has more than {UNTRUSTED.line} characters")
     try:
         table = tomllib.loads(source)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise errors.bad_target(file, str(error)) from error
+    except (ValueError, RecursionError) as error:  # no TOML; a whole number of thousands of digits
+        raise errors.bad_target(file, str(error)[:400]) from error
     reader = _Reader(file, source)
     text = reader.values(table, _TOP, required=_REQUIRED, sections=_SECTIONS)
     sections = {section: reader.section(table, section) for section in _SECTIONS}
@@ -133,7 +136,9 @@ def _sizes(value: Any) -> str | None:
 def _one_of(known: Callable[[], Iterable[str]]) -> Check:
     def check(value: Any) -> str | None:
         choices = list(known())
-        return None if value in choices else errors.suggest(str(value), choices)
+        if not isinstance(value, str):
+            return f"one of {', '.join(choices)} is needed"
+        return None if value in choices else errors.suggest(value[:80], choices)
 
     return check
 
@@ -177,8 +182,8 @@ class _Reader:
 
     def __init__(self, file: str, source: str) -> None:
         self.file = file
-        self.lines = source.splitlines()
         self.findings: list[Finding] = []
+        self._lines = _lines_of(source)
 
     def values(
         self,
@@ -190,9 +195,11 @@ class _Reader:
         sections: Iterable[str] = (),
     ) -> dict[str, Any]:
         """The values of one table that passed their checks. `at` is the table's own name."""
-        for key in table:
-            if key not in checks and key not in sections:
-                self._add(errors.unknown_key(self.where(at, key), _dotted(at, key), [*checks, *sections]))
+        unknown = [key for key in table if key not in checks and key not in sections]
+        for key in unknown[: UNTRUSTED.listed]:
+            self._add(errors.unknown_key(self.where(at, key), _dotted(at, key[:80]), [*checks, *sections]))
+        if len(unknown) > UNTRUSTED.listed:
+            self.bad(at, "", f"{len(unknown) - UNTRUSTED.listed} more keys are unknown")
         for key in required:
             if key not in table:
                 self.bad(at, "", f"{_dotted(at, key)} is missing")
@@ -204,7 +211,7 @@ class _Reader:
             if problem is None:
                 good[key] = table[key]
             else:
-                self.bad(at, key, f"{_dotted(at, key)} is {table[key]!r}: {problem}")
+                self.bad(at, key, f"{_dotted(at, key)} is {errors.shown(table[key])}: {problem}")
         return good
 
     def section(self, table: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -212,26 +219,33 @@ class _Reader:
         value = table.get(name, {})
         if isinstance(value, dict):
             return value
-        self.bad("", name, f"{name} is {value!r}: a table is needed")
+        self.bad("", name, f"{name} is {errors.shown(value)}: a table is needed")
         return {}
 
     def bad(self, at: str, key: str, problem: str) -> None:
         self._add(errors.bad_target(self.where(at, key), problem))
 
     def where(self, at: str, key: str) -> str:
-        """file:line of a key, as far as a search for it in its section tells; the file alone if it does not."""
-        section = ""
-        for number, line in enumerate(self.lines, start=1):
-            if header := re.match(r"\s*\[([^\[\]]+)\]", line):
-                section = header[1].strip()
-                if section == (_dotted(at, key) if key else at):
-                    return f"{self.file}:{number}"
-            elif key and section == at and re.match(rf"\s*[\"']?{re.escape(key)}[\"']?\s*[=.]", line):
-                return f"{self.file}:{number}"
-        return self.file
+        """file:line of a key, or of the section `at` alone, as far as the text tells; the file alone if it does not."""
+        line = self._lines.get((at, key)) or (self._lines.get((_dotted(at, key), "")) if key else None)
+        return f"{self.file}:{line}" if line else self.file
 
     def _add(self, error: UsageError) -> None:
-        self.findings += error.findings
+        if len(self.findings) < 5 * UNTRUSTED.listed:
+            self.findings += error.findings
+
+
+def _lines_of(source: str) -> dict[tuple[str, str], int]:
+    """Where each (section, key) stands first, and each section by itself with no key."""
+    found: dict[tuple[str, str], int] = {}
+    section = ""
+    for number, line in enumerate(source.splitlines(), start=1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            section = header[1].strip()
+            found.setdefault((section, ""), number)
+        elif key := re.match(r"\s*[\"']?([\w-]+)[\"']?\s*[=.]", line):
+            found.setdefault((section, key[1]), number)
+    return found
 
 
 def _check_sections(reader: _Reader, sections: Mapping[str, dict[str, Any]]) -> None:

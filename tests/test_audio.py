@@ -163,6 +163,9 @@ def test_what_is_no_sound_is_refused(samples: Any) -> None:
         {"n_mels": 0},
         {"kind": "log-mel"},
         {"dither": 0.1},
+        {"seconds": 600, "sample_rate": 48_000, "hop_length": 16, "n_fft": 4096, "n_mels": 256},  # 54.9 GiB of frames
+        {"seconds": 600, "sample_rate": 48_000, "hop_length": 16, "n_fft": 32, "n_mels": 256},
+        {"seconds": 600, "sample_rate": 48_000, "hop_length": 64, "n_fft": 4096, "n_mels": 1},
     ],
     ids=str,
 )
@@ -171,6 +174,19 @@ def test_a_contract_that_contradicts_itself_is_refused(change: dict[str, Any]) -
     assert msgspec.convert(plain, AudioContract) == whisper(30)
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert({**plain, **change}, AudioContract)
+
+
+def test_the_largest_contract_takes_little_memory() -> None:
+    import tracemalloc
+
+    contract = AudioContract(sample_rate=16_000, n_fft=1024, hop_length=160, n_mels=256, seconds=600.0)
+    samples = np.zeros(16_000, np.float32)
+    tracemalloc.start()
+    try:
+        assert log_mel(samples, contract).shape == (1, 256, 60_000)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 30
+    finally:
+        tracemalloc.stop()
 
 
 # resampling

@@ -372,6 +372,8 @@ class Letters:
 
 
 class Template:
+    def warm(self) -> None: ...
+
     def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
         return "".join(f"<{message['role'][0]}{message['content']}>" for message in messages) + "0"
 

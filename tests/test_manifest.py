@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from typing import Any
 
 import pytest
@@ -146,6 +147,29 @@ def test_a_flipped_or_cut_manifest_is_read_or_refused(data: st.DataObject) -> No
     text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     readable_or_refused(bytes(text[: data.draw(st.integers(0, len(text)))]))
     readable_or_refused(bytes(text))
+
+
+def test_a_manifest_of_many_names_is_compared_in_time_that_grows_with_them() -> None:
+    document = copy.deepcopy(PLAIN)
+    component = document["components"][0]
+    entry = next(iter(document["files"].values()))
+    document["files"] |= {f"f{i}": entry for i in range(3_000)}
+    component["files"] += [f"f{i}" for i in range(3_000)]
+    last = {"name": "s", "inputs": [], "outputs": [], "file": "f2999"}
+    component["signatures"] += [last] * 150_000
+    data = json.dumps(document, separators=(",", ":")).encode()
+    assert len(data) < manifests.MAX_BYTES
+    began = time.process_time()
+    assert len(manifests.from_json(data).components[0].signatures) > 150_000
+    assert time.process_time() - began < 20
+
+
+def test_a_path_through_hundreds_of_folders_is_refused() -> None:
+    document = copy.deepcopy(PLAIN)
+    document["files"] |= {"a/" * 500 + str(i): next(iter(document["files"].values())) for i in range(9_000)}
+    began = time.process_time()
+    assert refusal(document) == "bundle-bad-manifest"
+    assert time.process_time() - began < 20
 
 
 def test_a_manifest_that_could_not_be_read_is_not_written() -> None:

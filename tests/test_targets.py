@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import tomllib
 from pathlib import Path
 
@@ -145,6 +146,32 @@ def test_what_is_no_toml_is_a_bad_target(content: bytes, tmp_path: Path) -> None
     with pytest.raises(UsageError) as caught:
         targets.load(str(file))
     assert caught.value.findings[0].code == "bad-target"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GOOD + "\n".join(f"k{i} = 1" for i in range(4000)),
+        "".join(f"k{i} = 1\n" for i in range(4000)) + GOOD,
+        GOOD + "".join(f"[devices.d{i}]\n" for i in range(3000)),
+        "a." * 30_000 + "b = 1\n" + GOOD,
+        "[" + "a." * 30_000 + "b]\n" + GOOD,
+        GOOD.replace("context = 2048", "context = " + "9" * 5000),
+        GOOD.replace("context = 2048", "context = 0x" + "f" * 3700),
+        GOOD.replace('platform = "host"', "platform = 0x" + "f" * 3700),
+        GOOD.replace("context = 2048", "context = " + "[" * 1500 + "]" * 1500),
+        GOOD.replace("context = 2048", "context = " + "{a=" * 900 + "1" + "}" * 900),
+        GOOD.replace('title = "A computer"', "title = 1979-05-27T07:32:00Z"),
+        GOOD.replace("ram_gb = 8", "ram_gb = 0x" + "f" * 3700),
+    ],
+    ids=lambda text: text[:12],
+)
+def test_a_target_that_is_a_bomb_is_refused_soon_and_in_few_words(text: str) -> None:
+    began = time.process_time()
+    problems = refused(text)
+    assert time.process_time() - began < 20
+    assert 0 < len(problems) <= 100
+    assert sum(map(len, problems)) < 100_000
 
 
 VALUES = st.recursive(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime
 from typing import Any
 
 import pytest
@@ -11,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgeexport import errors
+from edgeexport.limits import UNTRUSTED
 from edgeexport.session.chat import ChatTemplate
-from edgeexport.session.sandbox import MAX_TEXT
 from edgeexport.session.tokenizer import Tokenizer, special_tokens
 
 TEXTS = ["Hello, world", "日本語と中文字符", "👩‍👩‍👧‍👦 and 🇫🇷", "naïve café", " two  spaces ", "\n\n", "�", "a😀b"]
@@ -357,6 +358,29 @@ def test_a_template_cannot_reach_python(source: str) -> None:
         "{% set n = namespace(x=1) %}{% for a in range(99) %}{% set n.x = [n.x, n.x] %}{% endfor %}{{ n.x | tojson }}",
         "{% macro f(n) %}{{ f(n - 1) }}{{ f(n - 1) }}{% endmacro %}{{ f(60) }}",
         "{% for a in [[[]]] recursive %}{{ loop([a, a]) }}{% endfor %}",
+        "{{ lipsum(n=100000, min=99999, max=100000) }}",
+        "{% for a in range(99999) %}{{ '%99999d' % 1 }}{% endfor %}",
+        "{{ ('%99999d' * 1000) % ((1,) * 1000) }}",
+        "{{ ('a\n' * 50000) | indent(99999) }}",
+        "{{ ('\t' * 4000000).expandtabs(99999) }}",
+        "{% for a in range(2000) %}{{ ('a' * 2000000) | center(9) | length }}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = '%s%s' % (n.x, n.x) %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for a in range(99) %}{% set n.x = '{0}{0}'.format(n.x) %}{% endfor %}",
+        "{% set n = namespace(x=3) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}{{ n.x }}",
+        "{% set n = namespace(x=[1]) %}{% for a in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x='a,') %}{% for a in range(20) %}{% set n.x = n.x * 2 %}{% endfor %}"
+        "{% for a in range(1000) %}{% set b = n.x.split(',') %}{% endfor %}",
+        "{{ range(99999) | map('string') | list | sort | map('list') | list | string | upper | list | string | list }}",
+        "{% for a in range(99999) | list %}{% for b in range(99999) | list %}{% endfor %}{% endfor %}",
+        "{{1}}" * 800_000,
+        "{{ " + "(" * 50_000 + "1" + ")" * 50_000 + " }}",
+        "{{ " + "-" * 50_000 + "1 }}",
+        "{{ " + "1+" * 100_000 + "1 }}",
+        "{% if a %}" * 10_000 + "{% endif %}" * 10_000,
+        "{% for a in b %}" * 200 + "{% endfor %}" * 200,
+        "{{ messages | random }}",
+        "{{ messages | map('random') | list }}",
+        "{{ lipsum() }}",
     ],
 )
 def test_work_and_output_of_a_template_are_bounded(source: str) -> None:
@@ -367,9 +391,63 @@ def test_work_and_output_of_a_template_are_bounded(source: str) -> None:
     assert time.monotonic() - start < 20
 
 
+def test_after_a_template_that_its_process_did_not_survive_the_next_one_renders() -> None:
+    for bomb in ("{{1}}" * 800_000, "{% for a in range(99999) %}{{ messages | string | upper | length }}{% endfor %}"):
+        with pytest.raises(errors.BundleError):
+            ChatTemplate(bomb, {}).render([{"role": "user", "content": "x" * 100_000}])
+        assert (
+            ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": "é\ud83d"}]) == "é\ud83d"
+        )
+
+
+def test_several_threads_and_a_fork_may_render() -> None:
+    import os
+    from concurrent.futures import ThreadPoolExecutor
+
+    def ask(number: int) -> str:
+        return ChatTemplate("{{ messages[0].content }}", {}).render([{"role": "user", "content": str(number)}])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(100))) == [str(number) for number in range(100)]
+    child = os.fork()
+    if not child:
+        os._exit(0 if ask(7) == "7" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert ask(8) == "8"
+
+
+def test_a_template_sees_the_time_that_it_is_given() -> None:
+    template = ChatTemplate("{{ strftime_now('%d %B %Y, %H:%M') }}", {})
+    now = datetime(2025, 7, 4, 12, 30)
+    assert template.render([{"role": "user", "content": "x"}], now=now) == now.strftime("%d %B %Y, %H:%M")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for %}",
+        "{{ messages | of_no_kind }}",
+        "{{ messages | random }}",
+        "{% if tools %}{{ tools | random }}{% endif %}",
+        "{% if tools %}{{ lipsum(2) }}{% endif %}",
+        "{{ raise_exception }}",
+        "{{ messages | map(attribute='role') }}",
+    ],
+)
+def test_a_template_that_no_bundle_could_keep_is_refused_before_it_is_built(source: str) -> None:
+    with pytest.raises(errors.CheckpointError) as error:
+        ChatTemplate(source, {}).check()
+    assert error.value.findings[0].code == "chat-template-unusable"
+
+
+@pytest.mark.parametrize("source", [SMOLLM2, QWEN_LIKE, GLM4_LIKE, LLAMA_LIKE, "{{ raise_exception('not so') }}"])
+def test_a_template_that_refuses_some_messages_may_be_kept(source: str) -> None:
+    ChatTemplate(source, {}).check()
+
+
 def test_a_long_conversation_is_well_within_the_bounds() -> None:
     chat = [{"role": "user" if index % 2 == 0 else "assistant", "content": "word " * 400} for index in range(500)]
-    assert 1_000_000 < len(ChatTemplate(QWEN_LIKE, {}).render(chat)) < MAX_TEXT
+    assert 1_000_000 < len(ChatTemplate(QWEN_LIKE, {}).render(chat)) < UNTRUSTED.text
 
 
 @pytest.mark.parametrize("messages", [[], ["hi"], [{"role": "user", "content": object()}]])

@@ -145,6 +145,13 @@ class _Metadata:
             raise self.refuse(f"{self.architecture}.{key} is {value!a:.80}; a positive number is needed")
         return float(str(np.float32(value)))
 
+    def word(self, key: str) -> str | None:
+        """A text; None where the file is silent."""
+        value = self.get(key)
+        if value is not None and not isinstance(value, str):
+            raise self.refuse(f"{self.architecture}.{key} is {value!a:.80}; a text is needed")
+        return value
+
     def token(self, key: str, vocabulary: int) -> int | None:
         value = self.header.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if value is None:
@@ -181,10 +188,9 @@ def read_model(header: GgufHeader) -> tuple[dict[str, Any], dict[str, Any], dict
 
 def _refuse_unknown(metadata: _Metadata) -> None:
     everything = metadata.header.metadata
-    if everything.get("split.count", 1) != 1:
-        raise metadata.refuse(
-            f"it is one of {everything['split.count']!a:.80} parts; join them with llama-gguf-split --merge"
-        )
+    parts = everything.get("split.count", 1)
+    if not isinstance(parts, int) or parts != 1:
+        raise metadata.refuse(f"it is one of {parts!a:.80} parts; join them with llama-gguf-split --merge")
     prefix = metadata.architecture + "."
     for key, value in everything.items():
         rest = key.removeprefix(prefix)
@@ -265,7 +271,7 @@ def _rope_parameters(metadata: _Metadata, architecture: Architecture, head_dim: 
         parameters["partial_rotary_factor"] = rotated / head_dim
     elif rotated != head_dim:
         raise metadata.refuse(f"rope.dimension_count is {rotated}; {head_dim}, a whole head, is needed")
-    scaling = metadata.get("rope.scaling.type")
+    scaling = metadata.word("rope.scaling.type")
     if ROPE_FACTORS in metadata.header.tensors:
         if scaling not in {None, "none"}:
             raise metadata.refuse(f"it has both {ROPE_FACTORS} and rope.scaling.type {scaling!a:.80}")

@@ -64,7 +64,7 @@ def tokenizer_files(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, 
     """The tokenizer's own files; `config` is the model's."""
     metadata, path = header.metadata, header.path
     kind, pre_name = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
-    if kind != "gpt2":
+    if not isinstance(kind, str) or kind != "gpt2":
         raise errors.gguf_tokenizer(
             path, f"tokenizer.ggml.model is {kind!a:.80}; only 'gpt2' (byte-level BPE) is supported"
         )
@@ -94,7 +94,7 @@ def tokenizer_files(header: GgufHeader, config: Mapping[str, Any]) -> dict[str, 
 def _vocabulary(header: GgufHeader, size: int) -> tuple[list[str], list[int]]:
     """Tokens and their types, by id."""
     tokens = header.metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(tokens, list) or not 0 < len(tokens) <= size:
+    if not isinstance(tokens, list) or not 0 < len(tokens) <= size or not all(isinstance(t, str) for t in tokens):
         raise errors.gguf_tokenizer(header.path, f"tokenizer.ggml.tokens must list 1 to {size} tokens")
     if len(set(tokens)) != len(tokens):
         raise errors.gguf_tokenizer(header.path, "tokenizer.ggml.tokens lists a token twice")

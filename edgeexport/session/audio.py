@@ -9,6 +9,7 @@ import numpy as np
 from msgspec import Meta, Struct
 
 from edgeexport.core import Array
+from edgeexport.limits import UNTRUSTED
 from edgeexport.session.wav import Sound, read_wav, refuse_rate, refuse_samples
 
 __all__ = ["AudioContract", "Sound", "log_mel", "mel_filters", "read_wav", "resample"]
@@ -19,6 +20,9 @@ FLOOR = 1e-10
 """Smallest power of a mel band before its logarithm."""
 RANGE = 8.0
 """log10 of the loudest band's power over the quietest's: what lies lower is lifted."""
+
+BLOCK = 1024
+"""Frames that are transformed at once."""
 
 SIDE_TAPS = 40
 """Half the length of the resampling filter, in samples of the lower of the two rates."""
@@ -51,6 +55,8 @@ class AudioContract(Struct, frozen=True, forbid_unknown_fields=True, tag_field="
             )
         if self.samples <= self.n_fft:
             raise ValueError(f"a window of {self.samples} samples is shorter than n_fft {self.n_fft}")
+        if self.frames * self.n_fft > UNTRUSTED.fourier or self.frames * self.n_mels > UNTRUSTED.spectrum:
+            raise ValueError(f"{self.frames} frames of {self.n_fft} samples and {self.n_mels} bands are too many")
 
     @property
     def samples(self) -> int:
@@ -78,8 +84,11 @@ def log_mel(samples: Array, contract: AudioContract) -> Array:
     padded = np.pad(window, contract.n_fft // 2, mode="reflect")
     frames = np.lib.stride_tricks.sliding_window_view(padded, contract.n_fft)[:: contract.hop_length]
     hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(contract.n_fft) / contract.n_fft)
-    spectrum = np.fft.rfft(frames[: contract.frames] * hann, axis=1)
-    power = spectrum.real**2 + spectrum.imag**2
+    power = np.empty((contract.frames, contract.n_fft // 2 + 1))
+    for first in range(0, contract.frames, BLOCK):  # frames overlap, and all of them side by side are many
+        rows = slice(first, min(first + BLOCK, contract.frames))
+        spectrum = np.fft.rfft(frames[rows] * hann, axis=1)
+        power[rows] = spectrum.real**2 + spectrum.imag**2
     filters = mel_filters(contract.sample_rate, contract.n_fft, contract.n_mels)
     logs = np.log10(np.maximum(FLOOR, filters @ power.T))
     lifted = np.maximum(logs, logs.max() - RANGE)

@@ -6,33 +6,17 @@ template sees, messages without their None values, the older names of reasoning 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import Any, NoReturn
-
-from jinja2 import ext
-from jinja2.exceptions import SecurityError, TemplateError
-from jinja2.utils import Namespace
+from typing import Any
 
 from edgeexport import errors
-from edgeexport.session.sandbox import MAX_TEXT, BoundedEnvironment
+from edgeexport.session.renderer import SHARED, Renderer, RenderingFailed
 
 Message = Mapping[str, Any]
 """One turn: `role`, `content`, and what else the template reads (tool_calls, reasoning_content)."""
 
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
-_FAILURES = (
-    TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    MemoryError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a template can make Python raise: all of it is the template's doing, none of it ours."""
 
 
 class ChatTemplate:
@@ -49,9 +33,12 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
         documents: Sequence[Mapping[str, Any]] | None = None,
+        now: datetime | None = None,
         **variables: Any,
     ) -> str:
-        """The text to tokenise with `add_special_tokens=False`. `variables` are the template's own switches.
+        """The text to tokenise with `add_special_tokens=False`. `variables` are the template's own switches; `now` is
+        the local time that a template may write through `strftime_now`, the present one by default. The text depends
+        on these alone: a template that draws at random fails.
 
         Raises chat-template-failed.
         """
@@ -66,88 +53,51 @@ class ChatTemplate:
             "add_generation_prompt": add_generation_prompt,
         }
         try:
-            return _rendered(self.source, {name: _plain(value) for name, value in given.items()})
-        except _FAILURES as error:
-            raise errors.chat_template_failed(str(error) or type(error).__name__) from error
+            plain = {name: _plain(value) for name, value in given.items()}
+            return SHARED.render(self.source, plain, (now or datetime.now()).isoformat())
+        except RenderingFailed as problem:
+            raise errors.chat_template_failed(str(problem)) from problem
+        except RecursionError as problem:
+            raise errors.chat_template_failed("messages or tools are nested too deeply") from problem
+
+    def warm(self) -> None:
+        """Start what renders, so that the first prompt does not wait for it. Raises chat-template-failed."""
+        try:
+            SHARED.start()
+        except RenderingFailed as problem:
+            raise errors.chat_template_failed(str(problem)) from problem
+
+    def check(self) -> None:
+        """Refuse what cannot be compiled, draws at random, or writes another text in another process: a bundle with it
+        could not be verified.
+
+        Raises: CheckpointError `chat-template-unusable`.
+        """
+        now = datetime.now().isoformat()
+        given = {**self.special_tokens, "messages": [{"role": "user", "content": "a"}], "add_generation_prompt": True}
+        other = Renderer()
+        try:
+            SHARED.render(self.source, None, now)
+            if _attempt(SHARED, self.source, given, now) != _attempt(other, self.source, given, now):
+                raise RenderingFailed("it writes another text each time, for the same messages")
+        except RenderingFailed as problem:
+            raise errors.chat_template_unusable(str(problem)) from problem
+        finally:
+            other.close()
 
 
-def _rendered(source: str, variables: Mapping[str, Any]) -> str:
-    """Raises what the template raises. The environment counts one rendering's work, so it is made anew each time."""
-    if len(source) > MAX_TEXT:
-        raise SecurityError(f"the template has more than {MAX_TEXT} characters")
-    environment = BoundedEnvironment([ext.loopcontrols])
-
-    def tojson(
-        value: Any,
-        ensure_ascii: bool = False,
-        indent: int | str | None = None,
-        separators: tuple[str, str] | None = None,
-        sort_keys: bool = False,
-    ) -> str:
-        # jinja2's own filter escapes HTML
-        environment.charge_value(value)
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-    environment.filters["tojson"] = tojson
-    environment.globals |= {
-        "raise_exception": _raise_exception,
-        "strftime_now": _strftime_now,
-        "dict": _TemplateDict(),
-        "namespace": _TemplateNamespace,
-    }
-    pieces: list[str] = []
-    length = 0
-    for piece in environment.template(source).generate(variables):
-        length += len(piece)
-        if length > MAX_TEXT:
-            raise SecurityError(f"the template writes more than {MAX_TEXT} characters")
-        pieces.append(piece)
-    return "".join(pieces)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
-
-
-class _TemplateDict:
-    """`dict` for templates: the type itself would offer more than making dictionaries."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict(*args, **kwargs)
-
-    def fromkeys(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*args, **kwargs)
-
-
-class _TemplateNamespace(Namespace):
-    """`namespace` for templates: names with a leading underscore are refused."""
-
-    def __init__(*args: Any, **kwargs: Any) -> None:
-        # jinja2's own trick, so that namespace(self=...) works
-        self, given = args[0], args[1:]
-        values = dict(*given, **kwargs)
-        for name in values:
-            _refuse_underscore(name)
-        Namespace.__init__(self, values)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        _refuse_underscore(name)
-        Namespace.__setitem__(self, name, value)
-
-
-def _refuse_underscore(name: object) -> None:
-    if isinstance(name, str) and name.startswith("_"):
-        raise SecurityError(f"a template may not store {name!r} in a namespace")
+def _attempt(renderer: Renderer, source: str, given: Mapping[str, Any], now: str) -> str | None:
+    """The text, or None of a template that asks for other messages."""
+    try:
+        return renderer.render(source, given, now)
+    except RenderingFailed:
+        return None
 
 
 def _message(message: Message) -> dict[str, Any]:
     """A message without its None values, with the reasoning under every name that templates read."""
     if not isinstance(message, Mapping):
-        raise errors.chat_template_failed(f"a message is a mapping with role and content, not {message!r}")
+        raise errors.chat_template_failed(f"a message is a mapping with role and content, not {errors.shown(message)}")
     present = {name: value for name, value in message.items() if value is not None}
     reasoning = next((present[name] for name in _REASONING_NAMES if name in present), None)
     return present if reasoning is None else {"thinking": reasoning, **present, "reasoning_content": reasoning}
@@ -157,12 +107,12 @@ def _plain(value: Any) -> Any:
     """A copy of `value` in JSON's own types: a template gets no object with methods that the sandbox does not know."""
     if value is None or type(value) in {str, int, float, bool}:
         return value
-    if isinstance(value, Mapping):
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {_plain(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, tuple):
-        return tuple(map(_plain, value))
     if isinstance(value, str):
         return str.__str__(value)
-    raise errors.chat_template_failed(f"messages and tools hold text, numbers, lists and mappings, not {value!r}")
+    raise errors.chat_template_failed(
+        f"messages and tools hold text, numbers, lists and mappings by text, not {errors.shown(value)}"
+    )

@@ -127,8 +127,8 @@ def contract_from_processor(config: Mapping[str, Any]) -> PatchContract:
     }
     try:
         return msgspec.convert(plain, PatchContract)
-    except (msgspec.ValidationError, OverflowError) as error:
-        raise errors.bad_preprocessor("value", plain, str(error)) from error
+    except (msgspec.ValidationError, ValueError, OverflowError) as error:
+        raise errors.bad_preprocessor("value", plain, str(error)[:400]) from error
 
 
 def _refuse_other_processors(given: Mapping[str, Any]) -> None:

@@ -1,15 +1,18 @@
 """A jinja2 sandbox for templates that nobody has vetted: no way to Python's internals, bounded work and output.
 
 jinja2's own sandbox keeps templates away from attributes and from changing what they are given. It lets them loop and
-build strings without end; this module counts both. The counting is a second line of defence: it covers loops, calls,
-operators and the filters and methods that make text longer, not every way to keep a processor busy.
+build strings without end; this module counts both, so that the same templates are refused on every machine. It covers
+loops, calls, operators and the filters and methods that make text longer, not every way to keep a processor busy or to
+fill a memory: rendering.py bounds those. What draws at random is refused, since the same messages must give the same
+prompt.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from datetime import datetime
+from typing import Any, NoReturn, cast
 
 from jinja2 import nodes
 from jinja2.environment import Template
@@ -21,12 +24,7 @@ from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-MAX_TEXT = 4 << 20
-"""Longest text, in characters, that a template may write or hold."""
-MAX_WORK = 2_000_000
-"""Steps of one rendering: loop turns, calls, list elements, and one for each 256 characters that are copied."""
-MAX_WIDTH = 100_000
-"""Largest width, indent or count that a filter or method may be given; jinja2's own bound for range()."""
+from edgeexport.limits import UNTRUSTED
 
 _PADDING_METHODS = frozenset({"ljust", "rjust", "center", "zfill", "expandtabs"})
 _COUNTING_FILTERS = frozenset({"batch", "center", "indent", "slice", "tojson"})
@@ -35,10 +33,13 @@ _WIDE_FORMAT_SPEC = re.compile(r":[^{}]*(\d{6,}|\{)")
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox of one rendering: it holds that rendering's count of steps, so make a new one for each.
+    """The sandbox of one template. `begin` a rendering: it holds that rendering's count of steps, and its time.
 
     Raises jinja2's SecurityError when a bound is reached.
     """
+
+    now = datetime.min
+    """The time that a template may write."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -46,7 +47,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(
             trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, *extensions], finalize=self._charged
         )
-        self._left = MAX_WORK
+        self._left = UNTRUSTED.steps
         self.filters |= {
             "_each": self._each,
             "_small": _small,
@@ -54,7 +55,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             "replace": self._replace,
             "join": self._join,
             "format": self._format,
+            "random": _refuse_chance,
         }
+        self.globals["lipsum"] = _refuse_chance
+
+    def begin(self, now: datetime) -> None:
+        """Count the steps of a new rendering."""
+        self._left = UNTRUSTED.steps
+        self.now = now
 
     def template(self, source: str) -> Template:
         """Compile `source` with its loops, concatenations and counting filters under watch."""
@@ -67,12 +75,12 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """Count `steps`; raises SecurityError when there were too many."""
         self._left -= steps
         if self._left < 0:
-            raise SecurityError(f"the template needs more than {MAX_WORK} steps")
+            raise SecurityError(f"the template needs more than {UNTRUSTED.steps} steps")
 
     def charge_text(self, length: int) -> None:
         """Count the making of a text of `length` characters; raises SecurityError when it is too long."""
-        if length > MAX_TEXT:
-            raise SecurityError(f"the template makes a text of more than {MAX_TEXT} characters")
+        if length > UNTRUSTED.text:
+            raise SecurityError(f"the template makes a text of more than {UNTRUSTED.text} characters")
         self.spend(1 + length // 256)
 
     def charge_value(self, value: object) -> None:
@@ -96,7 +104,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         elif operator == "*":
             self._charge_repetition(left, right)
             self._charge_repetition(right, left)
-        elif operator == "**" and (abs(left) > MAX_WIDTH or abs(right) > 64):
+        elif operator == "**" and (abs(left) > UNTRUSTED.width or abs(right) > 64):
             raise SecurityError("the template computes a power that is too large")
         elif operator == "%" and isinstance(left, str):
             _refuse_wide_format(_WIDE_FORMAT, left)
@@ -185,8 +193,16 @@ class _Watch(NodeTransformer):
         self.generic_visit(node)
         return _filtered("_concat", nodes.List(node.nodes, lineno=node.lineno))
 
+    def visit_Call(self, node: nodes.Call) -> nodes.Node:
+        self.generic_visit(node)
+        if isinstance(node.node, nodes.Name) and node.node.name == "lipsum":
+            _refuse_chance()
+        return node
+
     def visit_Filter(self, node: nodes.Filter) -> nodes.Node:
         self.generic_visit(node)
+        if node.name == "random":
+            _refuse_chance()
         if node.name in _COUNTING_FILTERS:
             node.args = [_filtered("_small", argument) for argument in node.args]
             for pair in node.kwargs:
@@ -198,9 +214,13 @@ def _filtered(name: str, value: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(value, name, [], [], None, None, lineno=value.lineno)
 
 
+def _refuse_chance(*_: Any, **__: Any) -> NoReturn:
+    raise SecurityError("the template draws at random: the same messages would give another prompt each time")
+
+
 def _small(value: Any) -> Any:
-    if isinstance(value, int) and value > MAX_WIDTH:
-        raise SecurityError(f"the template asks for a width or count above {MAX_WIDTH}")
+    if isinstance(value, int) and value > UNTRUSTED.width:
+        raise SecurityError(f"the template asks for a width or count above {UNTRUSTED.width}")
     return value
 
 

@@ -142,6 +142,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "tokenizer_unusable": {"where": "tokenizer/tokenizer.json", "problem": "the file is missing"},
     "chat_template_missing": {"folder": Path("dist/smollm2")},
     "chat_template_failed": {"problem": "roles must alternate"},
+    "chat_template_unusable": {"problem": "it is not UTF-8 text: invalid start byte at 12"},
     # command line, plan, doctor
     "bad_command_line": {"command": "edgeexport build", "problem": "Missing argument 'MODEL'."},
     "bad_size": {"option": "--max-rss", "text": "lots"},

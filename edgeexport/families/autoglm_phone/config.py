@@ -11,6 +11,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 from edgeexport import errors
+from edgeexport.limits import UNTRUSTED
 
 MODEL_TYPE: Final = "autoglm_phone"
 
@@ -99,8 +100,11 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     """The config that anyone may have written. Raises: CheckpointError `bad-config`."""
     try:
         config = msgspec.convert(dict(values), Config)
-    except msgspec.ValidationError as problem:
-        raise errors.bad_config("value", "autoglm_phone", str(problem)) from problem
+    except (msgspec.ValidationError, ValueError, OverflowError) as problem:
+        raise errors.bad_config("value", "autoglm_phone", str(problem)[:400]) from problem
+    blocks = sum(stage.repeats for stage in config.vision_config.stages)
+    if blocks > UNTRUSTED.layers:
+        raise errors.bad_config("vision_config.stages", blocks, f"they have more than {UNTRUSTED.layers} blocks")
     audio, text = config.audio_config, config.text_config
     samples = audio.seconds * audio.sample_rate
     if abs(samples - round(samples)) > 1e-6 or round(samples) % (2 * audio.hop_length):

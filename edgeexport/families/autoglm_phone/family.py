@@ -86,6 +86,7 @@ class AutoGlmPhoneFamily:
         Raises: UsageError `context-too-long`; ExportError `rope-not-static`; CheckpointError `bad-config`.
         """
         config, geometry, tensors = from_dict(checkpoint.config), self.geometry(checkpoint.config), checkpoint.tensors
+        audio_contract(config)
         refuse_context(context, geometry)
         refuse_rope(config.text_config)
 
