@@ -18,6 +18,7 @@ from edgeexport.units import format_number, format_seconds
 
 if TYPE_CHECKING:
     from edgeexport.bundle import Bundle
+    from edgeexport.core import Finding
     from edgeexport.session.inputs import Features
     from edgeexport.session.session import Session
 
@@ -59,6 +60,8 @@ class Answer:
     finish_reason: str
     first_token_seconds: float
     decode_seconds: float
+    remarks: tuple[Finding, ...] = ()
+    """What the model did not see or hear of the pictures and sounds of this turn."""
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -90,6 +93,8 @@ def run(console: Console, path: Path, prompt: str | None, settings: Settings, sh
         with console.step("Looking and listening") if shown.images or shown.sounds else nullcontext():
             features = [session.encode_image(image) for image in shown.images]
             features += [session.encode_audio(sound) for sound in shown.sounds]
+        for remark in (remark for each in features for remark in each.remarks):
+            console.finding(remark)
         if prompt is None:
             _chat(console, conversation, features)
             return
@@ -190,7 +195,8 @@ class Conversation:
         self._cached = [*prompt, *tokens][: self.session.position]
         self._messages.append({"role": "assistant", "content": "".join(pieces)})
         reason = "interrupted" if interrupted else str(generation.finish_reason)
-        return Answer(prompt, tokens, "".join(pieces), reason, (first if tokens else end) - start, end - first)
+        remarks = tuple(remark for each in features for remark in each.remarks)
+        return Answer(prompt, tokens, "".join(pieces), reason, (first if tokens else end) - start, end - first, remarks)
 
     def _prompt(self, text: str, features: Sequence[Features]) -> list[int]:
         """The whole conversation's tokens, each picture's placeholder repeated once per feature."""
@@ -272,6 +278,7 @@ def _document(bundle: Bundle, answer: Answer) -> dict[str, Any]:
         "token_ids": answer.tokens,
         "text": answer.text,
         "finish_reason": answer.finish_reason,
+        "remarks": answer.remarks,
         "timings": {
             "first_token_seconds": answer.first_token_seconds,
             "decode_seconds": answer.decode_seconds,

@@ -446,13 +446,15 @@ class StandIn:
 class EncoderInput:
     """A picture or a sound as its encoder takes it: the component, which variant of it, and its inputs by name.
 
-    `grid` is the (rows, columns) of a picture's features where M-RoPE counts them.
+    `grid` is the (rows, columns) of a picture's features where M-RoPE counts them. `remarks` say what the model does
+    not see or hear of what was given.
     """
 
     component: str
     variant: str
     inputs: Mapping[str, Array]
     grid: tuple[int, int] | None = None
+    remarks: tuple[Finding, ...] = ()
 
 
 @dataclass(frozen=True)

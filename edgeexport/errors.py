@@ -973,6 +973,29 @@ def sound_too_long(where: str, seconds: float, limit: float) -> UsageError:
     )
 
 
+def sound_cut(seconds: float, window: float) -> Finding:
+    return Finding(
+        "warning",
+        "sound-cut",
+        f"of {seconds:.4g} s of sound the model hears the first {window:g} s",
+        "the sound",
+        "its audio component takes a window of this length",
+        f"cut the sound into pieces of {window:g} s, and ask about each",
+    )
+
+
+def picture_stretched(given: tuple[int, int], prepared: tuple[int, int], factor: float) -> Finding:
+    return Finding(
+        "warning",
+        "picture-stretched",
+        f"the model sees the picture stretched {factor:.3g} times in one direction",
+        "the picture",
+        f"it has {given[0]} x {given[1]} pixels (height x width), and of the sizes that the bundle was built for "
+        f"{prepared[0]} x {prepared[1]} is nearest in shape",
+        "cut or pad the picture to that shape, or build with its size among the target's [shapes.vision] screens",
+    )
+
+
 def bad_sample_rate(where: str, rate: int, low: int, high: int) -> UsageError:
     return UsageError(
         _error(

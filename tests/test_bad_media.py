@@ -8,6 +8,7 @@ import wave
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from factories import with_tokenizer
@@ -17,6 +18,11 @@ from PIL import Image
 from edgeexport import build, errors, families, open_bundle
 from edgeexport.bundle import Bundle
 from edgeexport.cli import execute
+from edgeexport.session.audio import AudioContract, Sound, heard, resample
+from edgeexport.session.image_contract import contract_from_processor
+from edgeexport.session.image_file import Image as Picture
+from edgeexport.session.inputs import Inputs
+from edgeexport.session.preprocess import Preprocess
 
 CONTEXT = 48
 
@@ -94,6 +100,65 @@ def test_any_length_of_sound_has_features(samples: np.ndarray, bundle: Bundle) -
             assert len(samples) == 0 and error.findings[0].code in {"damaged-wav", "bad-sound", "not-a-wav"}
         else:
             assert np.isfinite(features).all() and features.ndim == 2
+
+
+def remarks_of(document: dict[str, Any]) -> list[str]:
+    return [remark["code"] for remark in document["remarks"]]
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.3, False), (0.32, False), (0.4, True), (40.0, True)])
+def test_sound_that_is_not_heard_is_said(
+    seconds: float, said: bool, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model hears 0.32 s."""
+    (tmp_path / "given.wav").write_bytes(wav(tone(16_000, seconds), 16_000))
+    command = ["run", str(bundle.path), "--audio", str(tmp_path / "given.wav"), "--raw", "-p", "?", "--max-tokens", "1"]
+    assert execute([*command, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert remarks_of(document) == ["sound-cut"] * said
+    assert execute([*command, "--quiet"]) == 0
+    assert ("sound-cut" in capsys.readouterr().err) == said
+    with bundle.session() as session:
+        remarks = session.encode_audio(tmp_path / "given.wav").remarks
+    assert [remark.code for remark in remarks] == ["sound-cut"] * said
+    if said:
+        assert f"{seconds:g} s" in remarks[0].what and "0.32 s" in remarks[0].what
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "times"), [(40, 40, None), (40, 43, None), (40, 80, "2"), (90, 40, "2.25")]
+)
+def test_a_picture_that_is_bent_is_said(
+    height: int, width: int, times: str | None, bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model sees a square."""
+    (tmp_path / "given.png").write_bytes(png(height, width))
+    command = ["run", str(bundle.path), "--image", str(tmp_path / "given.png"), "--raw", "-p", "?", "--max-tokens", "1"]
+    assert execute([*command, "--json"]) == 0
+    assert remarks_of(json.loads(capsys.readouterr().out)) == ["picture-stretched"] * (times is not None)
+    assert execute(command) == 0
+    assert ("picture-stretched" in capsys.readouterr().err) == (times is not None)
+    with bundle.session() as session:
+        remarks = session.encode_image(png(height, width)).remarks
+    assert [f" {times} times" in remark.what for remark in remarks] == [True] * (times is not None)
+
+
+def test_a_photo_on_a_phones_one_grid_is_said_to_be_bent() -> None:
+    """The grid of android-ort's screens: 66 rows of 30 patches."""
+    contract = contract_from_processor({"image_processor_type": "Glm4vImageProcessor"})
+    contract = msgspec.structs.replace(contract, grids=((66, 30),))
+    inputs = Inputs(Preprocess(image=contract, image_token_id=1), lambda *_: {})
+    photo, screen = (inputs.prepare_image(Picture(np.zeros((*size, 3), np.uint8))) for size in ((300, 400), (240, 108)))
+    assert "2.93 times" in photo.remarks[0].what
+    assert not screen.remarks
+
+
+def test_what_the_window_holds_is_the_beginning_of_the_whole_sound_resampled() -> None:
+    contract = AudioContract(sample_rate=16_000, n_fft=400, hop_length=160, n_mels=80, seconds=0.32)
+    for rate in (8000, 16_000, 44_100, 48_000, 96_000):
+        samples = np.random.default_rng(rate).normal(0, 0.1, 2 * rate).astype(np.float32).clip(-1, 1)
+        whole = resample(samples, rate, 16_000)[: contract.samples]
+        np.testing.assert_allclose(heard(Sound(samples, rate), contract), whole, atol=1e-6)
 
 
 def test_a_prompt_beyond_the_context_is_refused_and_the_session_goes_on(bundle: Bundle) -> None:

@@ -87,6 +87,8 @@ class Bundle:
     def chat_template(self) -> Bundle:
         return self
 
+    def warm(self) -> None: ...
+
     def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool) -> str:
         (message,) = messages
         return "".join(part.get("text", PLACEHOLDER) for part in message["content"])

@@ -12,7 +12,7 @@ from edgeexport.core import Array
 from edgeexport.limits import UNTRUSTED
 from edgeexport.session.wav import Sound, read_wav, refuse_rate, refuse_samples
 
-__all__ = ["AudioContract", "Sound", "log_mel", "mel_filters", "read_wav", "resample"]
+__all__ = ["AudioContract", "Sound", "heard", "log_mel", "mel_filters", "read_wav", "resample"]
 
 MAX_HZ = 8000.0
 """Upper end of the highest mel filter, at any sample rate."""
@@ -67,6 +67,17 @@ class AudioContract(Struct, frozen=True, forbid_unknown_fields=True, tag_field="
     def frames(self) -> int:
         """Number of columns of the spectrogram."""
         return self.samples // self.hop_length
+
+
+def heard(sound: Sound, contract: AudioContract) -> Array:
+    """float32 samples at the contract's rate of what its window holds of a sound: what lies behind it is not resampled.
+
+    Raises: UsageError `bad-sample-rate`, `bad-sound`.
+    """
+    refuse_rate(sound.rate)
+    ratio = sound.rate / contract.sample_rate
+    needed = math.ceil(contract.samples * ratio) + _side(sound.rate, contract.sample_rate) + 1
+    return resample(sound.samples[:needed], sound.rate, contract.sample_rate)[: contract.samples]
 
 
 def log_mel(samples: Array, contract: AudioContract) -> Array:
@@ -136,7 +147,7 @@ def resample(samples: Array, rate: int, target: int) -> Array:
     common = math.gcd(rate, target)
     phases, stride = target // common, rate // common
     lower = CUTOFF * min(1.0, target / rate)  # cutoff as a part of the source's Nyquist frequency
-    side = math.ceil(SIDE_TAPS * max(1.0, rate / target))
+    side = _side(rate, target)
     length = -(-len(samples) * phases // stride)
     padded = np.pad(samples, (side - 1, side))
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * side)
@@ -147,6 +158,11 @@ def resample(samples: Array, rate: int, target: int) -> Array:
         chosen = result[phase::phases]
         chosen[:] = windows[first::stride][: len(chosen)] @ taps
     return result
+
+
+def _side(rate: int, target: int) -> int:
+    """Half the length of the filter, in samples at `rate`."""
+    return math.ceil(SIDE_TAPS * max(1.0, rate / target))
 
 
 def _taps(fraction: float, side: int, cutoff: float) -> Array:

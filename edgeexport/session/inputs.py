@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgeexport import errors
-from edgeexport.core import Array, EncoderInput
-from edgeexport.session.audio import Sound, log_mel, resample
+from edgeexport.core import Array, EncoderInput, Finding
+from edgeexport.session.audio import Sound, heard, log_mel
 from edgeexport.session.image_contract import PatchContract
 from edgeexport.session.image_file import Image
 from edgeexport.session.images import choose_grid, patches, pixels
@@ -21,6 +21,11 @@ from edgeexport.session.preprocess import Preprocess
 
 Run = Callable[[str, str, Mapping[str, Array]], Mapping[str, Array]]
 """(component, variant, inputs by name) -> outputs by name."""
+
+STRETCH = 1.1
+"""Times that a picture may be stretched in one direction before it is said."""
+UNHEARD = 0.01
+"""Seconds of sound that may be left out before it is said."""
 
 VISION, AUDIO, EMBED, FUSION = "vision", "audio", "embed", "fusion"
 
@@ -32,6 +37,8 @@ class Features:
     component: str
     values: Array
     grid: tuple[int, int] | None = None
+    remarks: tuple[Finding, ...] = ()
+    """What the model did not see or hear of what was given: `picture-stretched`, `sound-cut`."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +65,27 @@ class Inputs:
         if contract is None:
             raise errors.modality_missing("picture", "vision")
         if not isinstance(contract, PatchContract):
-            return EncoderInput(VISION, "", {"pixels": pixels(image, contract)})
+            bent = _stretched(image, contract.size, contract.size)
+            return EncoderInput(VISION, "", {"pixels": pixels(image, contract)}, remarks=bent)
         rows, columns = choose_grid(image.height, image.width, contract)
         made, _ = patches(image, contract, (rows, columns))
-        merge = contract.merge_size
-        return EncoderInput(VISION, f"{rows}x{columns}", {"patches": made}, (rows // merge, columns // merge))
+        merge, patch = contract.merge_size, contract.patch_size
+        bent = _stretched(image, rows * patch, columns * patch)
+        return EncoderInput(VISION, f"{rows}x{columns}", {"patches": made}, (rows // merge, columns // merge), bent)
 
     def prepare_audio(self, sound: Sound) -> EncoderInput:
         """Raises: UsageError `modality-missing`, `bad-sample-rate`."""
         contract = self.contract.audio
         if contract is None:
             raise errors.modality_missing("sound", "audio")
-        samples = resample(sound.samples, sound.rate, contract.sample_rate)
-        return EncoderInput(AUDIO, "", {"mel": log_mel(samples, contract)})
+        seconds = len(sound.samples) / sound.rate
+        cut = (errors.sound_cut(seconds, contract.seconds),) if seconds > contract.seconds + UNHEARD else ()
+        return EncoderInput(AUDIO, "", {"mel": log_mel(heard(sound, contract), contract)}, remarks=cut)
 
     def encode(self, prepared: EncoderInput) -> Features:
         """Run the encoder."""
         made = self._run(prepared.component, prepared.variant, prepared.inputs)["features"]
-        return Features(prepared.component, made.reshape(-1, made.shape[-1]), prepared.grid)
+        return Features(prepared.component, made.reshape(-1, made.shape[-1]), prepared.grid, prepared.remarks)
 
     def expand(self, tokens: Sequence[int], prepared: Sequence[EncoderInput | Features]) -> list[int]:
         """The prompt with each picture's one placeholder repeated once per feature.
@@ -146,6 +156,14 @@ def rope_positions(
         positions[2, at:stop] = current + np.tile(np.arange(columns), rows)
         at, current = stop, current + max(rows, columns)
     return positions, current
+
+
+def _stretched(image: Image, height: int, width: int) -> tuple[Finding, ...]:
+    """What is said of a picture that is prepared at another shape, in pixels."""
+    bent = (height * image.width) / (width * image.height)
+    factor = max(bent, 1 / bent)
+    given = image.height, image.width
+    return (errors.picture_stretched(given, (height, width), factor),) if factor > STRETCH else ()
 
 
 def _count(picture: EncoderInput | Features) -> int:

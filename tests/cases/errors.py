@@ -277,6 +277,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "samples_missing": {"component": "vision", "variant": "28x16"},
     "sound_too_long": {"where": "talk.wav", "seconds": 3600.0, "limit": 600.0},
+    "sound_cut": {"seconds": 40.0, "window": 4.0},
+    "picture_stretched": {"given": (3000, 4000), "prepared": (924, 420), "factor": 2.933},
     "bad_sample_rate": {"where": "talk.wav", "rate": 100, "low": 4000, "high": 384000},
     # components besides the decoder
     "bundle_no_variant": {"component": "vision", "variant": "46x20", "known": ["66x30"]},
