@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
+.PHONY: setup demo test fuzz lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,12 @@ demo: setup
 # Two workers with a core each. Each begins with a half of the files, so that a file's fixtures are made once.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "$(TESTS)"
+
+# Bad files for every reader: RUNS of them, from SEED on, or for one reader alone: ONLY="chat template".
+RUNS ?= 20000
+SEED ?= 0
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py --runs $(RUNS) --seed $(SEED) --only "$(ONLY)"
 
 lint: setup
 	$(BIN)/ruff check .

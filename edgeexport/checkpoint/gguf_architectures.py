@@ -7,7 +7,6 @@ enough to be shipped.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -141,7 +140,7 @@ class _Metadata:
         value = self.get(key)
         if value is None and default is not None:
             return default
-        if not isinstance(value, float) or not math.isfinite(value) or value <= 0:
+        if not isinstance(value, float) or not 0 < value <= float(np.finfo(np.float32).max):
             raise self.refuse(f"{self.architecture}.{key} is {value!a:.80}; a positive number is needed")
         return float(str(np.float32(value)))
 
