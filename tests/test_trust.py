@@ -130,6 +130,9 @@ def test_what_headers_tell_is_said_before_any_weight_is_read(
     def stops_at(token: Any) -> Any:
         return lambda folder: (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": token}))
 
+    def asks_by(template: bytes) -> Any:
+        return lambda folder: (folder / "chat_template.jinja").write_bytes(template)
+
     compiled: list[str] = []
     monkeypatch.setattr(backends.load("onnxruntime"), "compile", lambda *given: compiled.append("compiled"))
     lora = "model.layers.0.self_attn.q_proj.lora_A.weight"
@@ -140,6 +143,11 @@ def test_what_headers_tell_is_said_before_any_weight_is_read(
     assert odd("eos of 2^64", stops_at(2**64))[1] == 3
     assert odd("eos below 0", stops_at(-1))[1] == 3
     assert odd("eos as text", stops_at("257"))[1] == 3
+    unusable = ("chat-template-unusable", 3)
+    assert odd("template that draws", asks_by(b"{% if tools %}{{ tools | random }}{% endif %}")) == unusable
+    assert odd("template of no language", asks_by(b"{% for %}")) == unusable
+    assert odd("template that is no text", asks_by(b"{{ messages }}\xff")) == unusable
+    assert odd("template that never ends", asks_by(b"{{1}}" * 800_000)) == unusable
     assert not compiled and not (tmp_path / "out").exists()
 
 
