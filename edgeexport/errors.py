@@ -461,11 +461,22 @@ def cache_not_writable(folder: Path, problem: str) -> ToolError:
     return ToolError(
         _error(
             "cache-not-writable",
-            "a model that is put together from several packages cannot be kept",
+            "the cache folder cannot be written",
             folder,
             problem,
             "make room there, or set EDGEEXPORT_CACHE_DIR to a folder that can be written",
         )
+    )
+
+
+def cache_read_only(folder: Path, problem: str, instead: Path) -> Finding:
+    return Finding(
+        "warning",
+        "cache-read-only",
+        "the cache folder takes nothing new: what it holds was used, and what it lacks is made anew every time",
+        str(folder),
+        f"{problem}; what was made lay in {instead} meanwhile",
+        "set EDGEEXPORT_CACHE_DIR to a folder that you may write to, if builds are to be resumed and repeated quickly",
     )
 
 

@@ -13,7 +13,7 @@ from edgeexport import backends, errors
 from edgeexport.backends.tools import versions_of
 from edgeexport.bundle.cache import key
 from edgeexport.checkpoint import content_digest
-from edgeexport.core import Checkpoint, Finding, Target
+from edgeexport.core import Checkpoint, Finding, Progress, Target
 from edgeexport.families import Family
 from edgeexport.quant.budget import Budget, Choice, written
 from edgeexport.quant.calibration import Calibration
@@ -97,6 +97,11 @@ class Job:
     def weights_digest(self) -> str:
         """sha256 over the checkpoint's bytes; remembered between builds by the files' identity."""
         return content_digest(self.checkpoint)
+
+    def hash_weights(self, progress: Progress) -> None:
+        """Make `weights_digest` now. What `progress` raises ends that early."""
+        if "weights_digest" not in vars(self):
+            vars(self)["weights_digest"] = content_digest(self.checkpoint, progress)
 
     @cached_property
     def trace_key(self) -> str:

@@ -134,8 +134,9 @@ def build(
         shipping.write_bundle(job, parts, climb, shown, destination, force=force)
     if dump is not None:
         shipping.dump(dump, parts)
+    cache.release()
     cache.prune()
-    findings = [*remarks, *(finding for part in parts for finding in part.files[1].findings)]
+    findings = [*remarks, *cache.remarks, *(finding for part in parts for finding in part.files[1].findings)]
     findings += step.memory_findings(max_rss)
     findings += step.size_findings(max_size, shipping.sizes(parts)[0])
     seconds = time.perf_counter() - started
@@ -166,9 +167,12 @@ def export(
     aim = targets.load("host-ort")
     slots = context_for(context, aim, family.geometry(checkpoint.config))
     job = Job(checkpoint, aim, quant.find("fp32").name, slots, "L1", family)
-    models = [model for part in step.trace(job, Cache(), console) for model in part.models]
+    cache = Cache()
+    models = [model for part in step.trace(job, cache, console) for model in part.models]
     with WeightReader() as reader:
         paths = step.write_canonical(models, Path(out), reader, console, reference_weights=reference_weights)
+    for remark in cache.remarks:
+        console.finding(remark)
     size = sum(file.stat().st_size for path in paths for file in Path(out).glob(f"{path.name}*"))
     nodes = sum(len(model.graph.graph) for model in models)
     return ExportResult(paths[-1], nodes, sum(len(model.weights) for model in models), size)

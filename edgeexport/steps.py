@@ -6,6 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
+from edgeexport.checkpoint.digest import Stopped
 from edgeexport.console import Console
 from edgeexport.core import (
     Array,
@@ -185,13 +187,23 @@ def trace(job: Job, cache: Cache, console: Console) -> list[Built]:
     """Every component's canonical graphs, traced or from the cache. The weights are hashed meanwhile on the other
     core."""
     components = job.family.components(job.checkpoint, job.context, job.target.shapes)
-    hashing = threading.Thread(target=lambda: job.weights_digest, daemon=True)
-    hashing.start()
     models: dict[str, list[CanonicalModel]] = {}
-    with console.step(f"Tracing {job.checkpoint.name}"):
-        for component in components:
-            models.setdefault(component.name, []).append(_traced(job, component, cache, console))
-    hashing.join()
+    stopped = threading.Event()
+
+    def watch(done: int, total: int) -> None:
+        if stopped.is_set():
+            raise Stopped
+
+    with ThreadPoolExecutor(1) as pool:
+        hashing = pool.submit(job.hash_weights, watch)
+        try:
+            with console.step(f"Tracing {job.checkpoint.name}"):
+                for component in components:
+                    models.setdefault(component.name, []).append(_traced(job, component, cache, console))
+            hashing.result()
+        except BaseException:
+            stopped.set()  # or whoever pressed Ctrl-C would wait until all is hashed
+            raise
     return [Built(tuple(variants), plan_weights(job, variants)) for variants in models.values()]
 
 

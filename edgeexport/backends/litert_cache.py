@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from edgeexport import errors
 from edgeexport.checkpoint.digest import file_sha256
-from edgeexport.paths import cache_dir
+from edgeexport.paths import cache_dir, partial_of, write_whole
 
 LIMIT_BYTES = 8 << 30
 """Beyond this, the files used longest ago are removed."""
@@ -42,8 +42,7 @@ def weight_cache(model: Path) -> Iterator[Path]:
         with TemporaryDirectory() as folder:
             yield Path(folder) / "weights"
         return
-    partial = kept.with_name(f".{kept.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)  # a killed process's, whose number is ours now
+    partial = partial_of(kept)
     try:
         yield partial
         with suppress(OSError, errors.CheckpointError):  # nothing was packed
@@ -69,7 +68,7 @@ def _keep(partial: Path, kept: Path) -> None:
     digest = file_sha256(partial)
     _digest_of(kept).unlink(missing_ok=True)
     partial.replace(kept)
-    _digest_of(kept).write_text(digest)
+    write_whole(_digest_of(kept), digest.encode("ascii"))
 
 
 def _intact(kept: Path) -> bool:

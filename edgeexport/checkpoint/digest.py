@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from edgeexport import errors
 from edgeexport.checkpoint.files import open_regular
 from edgeexport.core import Checkpoint, Progress, TensorRef, no_progress
-from edgeexport.paths import cache_dir
+from edgeexport.paths import cache_dir, write_whole
 
 CHUNK = 2**24
 """Bytes hashed at a time. After each, a thread waits for its turn at Python's lock, up to 5 ms while another thread
@@ -24,19 +24,26 @@ traces the model: with chunks of 1 MB that would be most of the time."""
 THREADS = 2
 
 
+class Stopped(Exception):
+    """Nobody wants the digest any more."""
+
+
 def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> str:
     """SHA-256 over configuration, tensor index and every byte of the weight files, as hex.
 
     The same in any folder: no path enters it. `progress` counts bytes over all files, of which `THREADS` are read at
-    a time; a file whose digest is remembered counts at once. Raises `checkpoint-changed` and `file-unreadable`. The
+    a time; a file whose digest is remembered counts at once, and what it raises ends
+    the work within a piece of a file. Raises `checkpoint-changed` and `file-unreadable`. The
     tokenizer is not covered, so that a changed chat template does not mean new weights.
     """
     total = sum(_size(path) for path in checkpoint.files)
     hashed = dict.fromkeys(checkpoint.files, 0)
-    lock = threading.Lock()
+    lock, stopped = threading.Lock(), threading.Event()
 
     def digest_of(path: Path) -> str:
         def count(done: int, _: int) -> None:
+            if stopped.is_set():
+                raise Stopped
             with lock:
                 hashed[path] = done
                 progress(sum(hashed.values()), total)
@@ -48,6 +55,7 @@ def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> 
         try:
             digests = list(pool.map(digest_of, reversed(checkpoint.files)))[::-1]
         except BaseException:
+            stopped.set()  # a file may be of 40 GB: who presses Ctrl-C waits for one piece of it
             pool.shutdown(cancel_futures=True)
             raise
     return _sha256_of([checkpoint.header_digest, digests])
@@ -156,13 +164,8 @@ def _seal(memo: Path, digest: str) -> str:
 
 def _remember(memo: Path, digest: str) -> None:
     """Write the digest whole or not at all. A cache that cannot be written costs time, not the build."""
-    try:
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="ascii", dir=memo.parent, delete=False) as file:
-            file.write(f"{digest} {_seal(memo, digest)}")
-        Path(file.name).replace(memo)
-    except OSError:
-        return
+    with suppress(OSError):
+        write_whole(memo, f"{digest} {_seal(memo, digest)}".encode("ascii"))
 
 
 def _sha256_of(value: Any) -> str:

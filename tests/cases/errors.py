@@ -32,6 +32,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "bad_tower": {"path": Path("models/model.bin"), "problem": "it has version 5; 6 is known"},
     "cache_not_writable": {"folder": Path("cache/models"), "problem": "No space left on device"},
+    "cache_read_only": {
+        "folder": Path("cache"),
+        "problem": "Read-only file system",
+        "instead": Path("tmp/edgeexport-x7k2"),
+    },
     "bad_safetensors": {
         "path": Path("models/tiny/model.safetensors"),
         "problem": "the data of 'lm_head.weight' overlaps its neighbour",

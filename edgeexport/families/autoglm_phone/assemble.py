@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,7 @@ from edgeexport.checkpoint.weights import WeightReader
 from edgeexport.core import Array, Checkpoint, TensorRef
 from edgeexport.families.autoglm_phone.config import MODEL_TYPE, PRESETS, preset
 from edgeexport.families.autoglm_phone.towers import AUDIO, VISION, read_audio, read_vision
-from edgeexport.paths import cache_dir
+from edgeexport.paths import cache_dir, write_whole
 
 NAME: Final = "autoglm-phone-mini"
 DECODER: Final = "smollm2-135m"
@@ -130,13 +129,7 @@ def _write(path: Path, weights: Mapping[str, Array]) -> None:
 
     data = save({name: np.ascontiguousarray(value) for name, value in weights.items()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for place, content in (
-            (path, data),
-            (_digest_of(path), hashlib.sha256(data).hexdigest().encode("ascii")),
-        ):
-            with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-                file.write(content)
-            Path(file.name).replace(place)
+        write_whole(path, data)
+        write_whole(_digest_of(path), hashlib.sha256(data).hexdigest().encode("ascii"))
     except OSError as problem:
         raise errors.cache_not_writable(path.parent, problem.strerror or str(problem)) from problem
