@@ -154,7 +154,7 @@ def _add_package(job: Job, parts: Sequence[Built], writer: BundleWriter) -> None
             job.target, artifact, folder, job.tokenizer_files, job.special_tokens.stop_ids, job.context, Path(temporary)
         )
         if made is not None:
-            writer.add_file(made.name, made, link=False)
+            writer.add_file(made.name, made)
 
 
 def _calibration(job: Job, parts: Sequence[Built]) -> manifests.Calibration | None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -13,14 +16,18 @@ from types import TracebackType
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
-from edgeexport.bundle.files import BUFFER, sha256_of
+from edgeexport.bundle.files import sha256_of
 from edgeexport.bundle.manifest import DIGEST_FILE, FILE, FileEntry, Manifest
 
 _NOT_WRITABLE = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
     errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 })  # fmt: skip
-_CANNOT_LINK = frozenset({errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES, errno.ENOSYS})
+_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+FICLONE = 0x40049409
+"""The request of Linux that makes one file of another's blocks, which are copied when either changes."""
+PIECE = 1 << 22
+"""Bytes that are hashed and written at a time."""
 
 
 class BundleWriter:
@@ -31,8 +38,8 @@ class BundleWriter:
             writer.add_file("decoder.onnx", source)
             writer.commit(Manifest(files=writer.files, ...))
 
-    Files go into `.<name>.partial-<pid>` beside the destination. Leaving the block without `commit`, by an exception
-    or Ctrl-C too, removes them. What a killed process left behind is removed by the next writer of the same
+    Files go into `.<name>.partial-<random>` beside the destination. Leaving the block without `commit`, by an
+    exception or Ctrl-C too, removes them. What a killed process left behind is removed by the next writer of the same
     destination; a lock file, which the system releases with its process, keeps two of them apart.
     Raises output-exists, output-not-writable, build-running.
     """
@@ -40,7 +47,7 @@ class BundleWriter:
     def __init__(self, destination: Path, *, force: bool = False) -> None:
         self.destination = destination
         self.force = force
-        self.folder = destination.with_name(f".{destination.name}.partial-{os.getpid()}")
+        self.folder = destination.with_name(f".{destination.name}.partial-{secrets.token_hex(8)}")
         self.files: dict[str, FileEntry] = {}
         self._lock = -1
 
@@ -74,18 +81,16 @@ class BundleWriter:
             _write(place, data)
             self.files[path] = FileEntry(len(data), sha256_of(place))
 
-    def add_file(self, path: str, source: Path, *, link: bool = True) -> None:
-        """Take a file into the bundle at its POSIX path, and hash it.
+    def add_file(self, path: str, source: Path) -> None:
+        """Take a copy of a file into the bundle at its POSIX path, and hash it.
 
-        With `link` both are one file on disk where the file system can do that; neither may be changed afterwards.
-        Otherwise, and across file systems, it is copied.
+        Where the file system can do that, both share their blocks until one of them changes.
         """
         place = self._place(path)
         with _writing(self.destination):
-            if not (link and _linked(source, place)):
-                _copy(source, place)
+            digest = _copy(source, place)
             _sync(place)
-            self.files[path] = FileEntry(place.stat().st_size, sha256_of(place))
+            self.files[path] = FileEntry(place.stat().st_size, digest)
 
     def commit(self, manifest: Manifest) -> Path:
         """Write the manifest, read it back, sync everything to disk and move the bundle to its place, which is
@@ -173,6 +178,11 @@ def _locked(path: Path, destination: Path) -> int:
             raise errors.build_running(destination) from error
         except FileNotFoundError:
             pass
+        except OSError as error:
+            if error.errno in _NO_LOCKS:  # nothing keeps two builds to one place apart here but their random names
+                return descriptor
+            os.close(descriptor)
+            raise
         except BaseException:
             os.close(descriptor)
             raise
@@ -218,19 +228,31 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _linked(source: Path, place: Path) -> bool:
+def _copy(source: Path, place: Path) -> str:
+    """Copy a file and give its sha256. A piece is hashed on one core while it is written on the other."""
+    digest = hashlib.sha256()
+    with source.open("rb", buffering=0) as reader, place.open("xb", buffering=0) as writer:
+        shared = _reflinked(reader.fileno(), writer.fileno())
+        buffer = memoryview(bytearray(PIECE))
+        with ThreadPoolExecutor(1) as pool:
+            while count := reader.readinto(buffer):
+                piece = buffer[:count]
+                hashed = pool.submit(digest.update, piece)
+                while not shared and piece:
+                    piece = piece[writer.write(piece) :]
+                hashed.result()
+    return digest.hexdigest()
+
+
+def _reflinked(source: int, place: int) -> bool:
+    """Whether the file system gave `place` the blocks of `source`."""
+    import fcntl
+
     try:
-        place.hardlink_to(source.resolve())
-    except OSError as error:
-        if error.errno not in _CANNOT_LINK:
-            raise
+        fcntl.ioctl(place, FICLONE, source)
+    except OSError:  # this file system has no such thing, or the two are on different ones
         return False
     return True
-
-
-def _copy(source: Path, place: Path) -> None:
-    with source.open("rb") as reader, place.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, BUFFER)
 
 
 def _sync(path: Path) -> None:
