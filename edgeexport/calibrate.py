@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeexport import errors
+from edgeexport import errors, threads
 from edgeexport.borders import Borders
 from edgeexport.canonical.dialect import linears
 from edgeexport.core import Array, CanonicalModel, Codes, Format, Progress, Provenance, QuantPlan, TensorRef
@@ -235,7 +235,7 @@ def workers() -> Iterator[ThreadPoolExecutor]:
 
     before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(THREADS, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        with threads.pool(THREADS, torch.set_num_threads, 1) as pool:
             yield pool
     finally:
         torch.set_num_threads(before)  # what threads to come begin with

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from typer import CallbackParam
 from typer.exceptions import TyperException
 
+from edgeexport import process
 from edgeexport.console import Console
 
 app = typer.Typer(
@@ -40,6 +41,30 @@ def _set_quiet(context: typer.Context, value: bool) -> None:
 def _set_verbose(context: typer.Context, value: int) -> None:
     context.obj.verbosity = value
     context.obj.log_to_stderr()
+
+
+def _out_folder(value: Path | None) -> Path | None:
+    from edgeexport import outputs
+
+    if value is not None:
+        outputs.refuse_folder(value)
+    return value
+
+
+def _out_file(value: Path | None) -> Path | None:
+    from edgeexport import outputs
+
+    if value is not None:
+        outputs.refuse_file(value)
+    return value
+
+
+def _text(context: typer.Context, param: CallbackParam, value: str | None) -> str | None:
+    from edgeexport import errors
+
+    if value is not None and any(0xD800 <= ord(character) < 0xE000 for character in value):
+        raise errors.bad_command_line(context.command_path, f"--{param.name} is no text in UTF-8")
+    return value
 
 
 # Options that every command has. Their callbacks set up the console, before any other option is judged.
@@ -112,7 +137,9 @@ def build(
     context: typer.Context,
     model: Model,
     target: Targets,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The bundle is OUT/<model>-<target>/.")] = Path("dist"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=_out_folder, help="The bundle is OUT/<model>-<target>/.")
+    ] = Path("dist"),
     quant: Quant = None,
     max_size: MaxSize = None,
     max_kl: MaxKl = None,
@@ -123,7 +150,10 @@ def build(
     parity: ParityLevel = "L5",
     max_rss: MaxRss = None,
     samples: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pictures and sounds to calibrate by, for schemes that do so.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", file_okay=False, help="Pictures and sounds to calibrate by, for schemes that do so."
+        ),
     ] = None,
     calibrate: Annotated[
         Path | None,
@@ -144,7 +174,9 @@ def build(
     device: Annotated[
         Literal["cpu", "cuda"], typer.Option(help="Where a calibration computes: cuda is an NVIDIA GPU.")
     ] = "cpu",
-    dump: Annotated[Path | None, typer.Option(help="Write the graph of every step to this folder.")] = None,
+    dump: Annotated[
+        Path | None, typer.Option(callback=_out_folder, help="Write the graph of every step to this folder.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -198,7 +230,9 @@ def plan(
 def export(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write to.")] = Path("dist"),
+    out: Annotated[Path, typer.Option("--out", "-o", callback=_out_folder, help="The folder to write to.")] = Path(
+        "dist"
+    ),
     context_length: Annotated[
         int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the model's own by default.")
     ] = None,
@@ -230,17 +264,22 @@ def parity(
     max_rss: MaxRss = None,
     imported: Annotated[
         list[Path] | None,
-        typer.Option("--import", metavar="REPORT", help="A report that a device made of BUNDLE; may be repeated."),
+        typer.Option(
+            "--import", metavar="REPORT", dir_okay=False, help="A report that a device made of BUNDLE; may be repeated."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="With --import: the folder to write to; BUNDLE.parity by default."),
+        typer.Option(
+            "--out", "-o", callback=_out_folder, help="With --import: the folder to write to; BUNDLE.parity by default."
+        ),
     ] = None,
     text: Annotated[
         Path | None,
         typer.Option(
             "--text",
             metavar="FILE",
+            dir_okay=False,
             help="Compare along this text instead: KL, share of equal best tokens, perplexity of both.",
         ),
     ] = None,
@@ -337,7 +376,9 @@ def inspect(
 def reduce(
     context: typer.Context,
     graph: Annotated[Path, typer.Argument(metavar="MODEL", help="Any .onnx.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The .onnx to write.")] = Path("reduced.onnx"),
+    out: Annotated[Path, typer.Option("--out", "-o", callback=_out_file, help="The .onnx to write.")] = Path(
+        "reduced.onnx"
+    ),
     check: Annotated[
         str, typer.Option(metavar="COMMAND", help="Fails for a bad graph, whose path {} stands for.")
     ] = "",
@@ -365,9 +406,13 @@ def reduce(
 def eval(
     context: typer.Context,
     package: Annotated[Path, typer.Argument(metavar="PACKAGE", help="Any .mlpackage.")],
-    inputs: Annotated[Path, typer.Option("--inputs", help="Arrays by the names of the inputs, as .npz.")],
+    inputs: Annotated[
+        Path, typer.Option("--inputs", dir_okay=False, help="Arrays by the names of the inputs, as .npz.")
+    ],
     function: Annotated[str, typer.Option(help="One of its functions; its default by default.")] = "",
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the outputs here, as .npz.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", callback=_out_file, help="Write the outputs here, as .npz.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -383,19 +428,25 @@ def eval(
 def run(
     context: typer.Context,
     bundle: BundlePath,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once instead of a chat.")] = None,
-    system: Annotated[str | None, typer.Option(help="The system message of the chat template.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", callback=_text, help="Answer this once instead of a chat.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(callback=_text, help="The system message of the chat template.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     image: Annotated[
-        list[Path] | None, typer.Option("--image", "-i", help="A picture for the prompt; several in order.")
+        list[Path] | None,
+        typer.Option("--image", "-i", dir_okay=False, help="A picture for the prompt; several in order."),
     ] = None,
     audio: Annotated[
-        list[Path] | None, typer.Option("--audio", "-a", help="A wav file for the prompt; several in order.")
+        list[Path] | None,
+        typer.Option("--audio", "-a", dir_okay=False, help="A wav file for the prompt; several in order."),
     ] = None,
     action: Annotated[
         bool, typer.Option("--action", help="Print the answer as a phone agent's action: JSON, with pixels.")
     ] = False,
-    draw: Annotated[Path | None, typer.Option(help="With --action: the picture with the action drawn on it.")] = None,
+    draw: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="With --action: the picture with the action drawn on it.")
+    ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer: 512, or 3000 with --action.")] = None,
     frequency_penalty: Annotated[
         float | None, typer.Option(help="Taken off a token's logit for each time it was said: 0, or 0.2 with --action.")
@@ -496,18 +547,31 @@ def doctor(context: typer.Context, json: Json = False, quiet: Quiet = False, ver
 
 def main() -> None:
     """The console script."""
-    sys.exit(execute(sys.argv[1:]))
+    console = Console()
+    process.own_streams()
+    process.listen(console)
+    code = execute(sys.argv[1:], console)
+    process.listen_no_more()
+    sys.exit(code)
 
 
-def execute(arguments: Sequence[str]) -> int:
+def execute(arguments: Sequence[str], console: Console | None = None) -> int:
     """Run one command line and return its exit code. Every failure ends here, as findings or as a bug of ours."""
+    console = console or Console()
     try:
-        code = _execute(Console(), list(arguments) or ["--help"])
+        code = _execute(console, list(arguments) or ["--help"])
         sys.stdout.flush()
+        sys.stderr.flush()
     except BrokenPipeError:
         # whoever read our output has left: say nothing, and keep the interpreter's own flush quiet too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        process.give_up(1, 2)
+        return process.PIPE_CLOSED
+    except process.StreamFailed as problem:
+        process.give_up(1)
+        console.as_json = False
+        return _report(console, problem, arguments)
+    except (KeyboardInterrupt, process.Ended) as stop:  # while it was said what failed
+        return _stopped(stop)
     return code
 
 
@@ -517,13 +581,20 @@ def _execute(console: Console, arguments: list[str]) -> int:
             context.command.invoke(context)
     except typer.Exit as exit_:
         return exit_.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
+    except (KeyboardInterrupt, process.Ended) as stop:
+        return _stopped(stop)
+    except (BrokenPipeError, process.StreamFailed):
         raise
     except Exception as error:  # noqa: BLE001 - the outermost edge: nothing goes on from here
+        if console.stop is not None:  # a library made it out of an interrupt
+            return _stopped(console.stop)
         return _report(console, error, arguments)
     return 0
+
+
+def _stopped(stop: BaseException) -> int:
+    """The exit code of a process that a signal ended."""
+    return stop.exit_code if isinstance(stop, process.Ended) else 130
 
 
 def _report(console: Console, error: Exception, arguments: Sequence[str]) -> int:
@@ -538,8 +609,12 @@ def _report(console: Console, error: Exception, arguments: Sequence[str]) -> int
         failure = errors.bad_command_line(place.command_path if place else "edgeexport", error.format_message())
     elif isinstance(error, errors.EdgeExportError):
         failure = error
+    elif isinstance(error, process.StreamFailed):
+        failure = errors.stream_not_writable(error.strerror or str(error))
     elif isinstance(error, ModuleNotFoundError) and (extra := extra_of(error.name or "")) is not None:
         failure = errors.missing_package(error.name or "", extra)
+    elif isinstance(error, OSError) and error.errno is not None:
+        failure = errors.system_refused(error.filename, error.strerror or str(error))
     else:
         failure = errors.internal_error(type(error).__name__, str(error))
     if console.verbosity >= 2:

@@ -187,6 +187,7 @@ class Conversation:
         except KeyboardInterrupt:
             if not interruptible:
                 raise
+            console.stop = None
             interrupted = True
         end = time.perf_counter()
         pieces.append(stream.flush())
@@ -240,6 +241,7 @@ def _chat(console: Console, conversation: Conversation, features: Sequence[Featu
         try:
             text = console.ask("> ")
         except KeyboardInterrupt:
+            console.stop = None
             console.say("")
             continue
         if text is None:

@@ -27,6 +27,8 @@ Cell = str | tuple[str, str]
 
 VERDICT_STYLES = {"PASS": "green", "FAIL": "bold red", "AMBIGUOUS": "yellow", "NOT_RUN": "bright_black"}
 SEVERITY_STYLES = {"error": "bold red", "warning": "bold yellow", "note": "bold cyan"}
+FINDINGS = 200
+"""At most so many are shown of one failure: a damaged folder of a million files has as many."""
 WIDE = 240
 """Columns assumed when nobody looks: a log file is not wrapped."""
 
@@ -80,6 +82,8 @@ class Console:
         self.as_json = as_json
         self.quiet = quiet
         self.verbosity = verbosity
+        self.stop: BaseException | None = None
+        """What a signal asked for; whoever answers it sets it back."""
         self._step_open = False
 
     # results: stdout
@@ -179,11 +183,15 @@ class Console:
 
     def failure(self, error: EdgeExportError, document: Mapping[str, Any] | None = None) -> None:
         """The end of a command that failed: its findings, or with `--json` the document with the error added."""
-        for finding in error.findings:
+        shown, left_out = error.findings[:FINDINGS], len(error.findings[FINDINGS:])
+        for finding in shown:
             self.finding(finding)
+        if left_out and not self.as_json:
+            self._narrate(f"... and {left_out} more\n")
         codes = [finding.code for finding in error.findings if finding.severity == "error"]
         summary = {"exit_code": error.exit_code, "code": codes[0] if codes else "", "message": str(error)}
-        self.json({**(document or {}), "error": summary, "findings": list(error.findings)})
+        more = {"findings_left_out": left_out} if left_out else {}
+        self.json({**(document or {}), "error": summary, "findings": list(shown), **more})
 
     def traceback(self, error: BaseException) -> None:
         """Where in our code an exception came from; for -vv."""
@@ -194,6 +202,7 @@ class Console:
     @contextmanager
     def step(self, title: str) -> Iterator[None]:
         """One line per step: a mark for its outcome, the title, and the seconds it took."""
+        self._go_on()
         start = time.perf_counter()
         if not self.quiet and sys.stderr.isatty():
             self._narrate(f"  {printable(title)}…")
@@ -215,7 +224,7 @@ class Console:
         `total` may be left out where the first call is the first to know it.
         """
         if self.quiet or not sys.stderr.isatty():
-            yield _ignore
+            yield self._go_on
             return
         from rich.console import Console as RichConsole
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -227,6 +236,7 @@ class Console:
             task = bar.add_task(printable(label), total=total, count="")
 
             def update(done: int, total: int) -> None:
+                self._go_on()
                 bar.update(task, completed=done, total=total, count=_count(done, total, unit))
 
             yield update
@@ -239,6 +249,12 @@ class Console:
         logger.handlers = [handler]
         logger.setLevel((logging.WARNING, logging.INFO, logging.DEBUG)[min(self.verbosity, 2)])
 
+    def _go_on(self, done: int = 0, total: int = 0) -> None:
+        """Raise again what a signal asked for, where a library has swallowed it; the progress of those who do not
+        watch, too."""
+        if self.stop is not None:
+            raise self.stop
+
     def _since(self, start: float) -> str:
         return format_seconds(time.perf_counter() - start)
 
@@ -248,10 +264,6 @@ class Console:
             self._step_open = False
         _write(text, sys.stderr)
         sys.stderr.flush()
-
-
-def _ignore(done: int, total: int) -> None:
-    """The progress of those who do not watch."""
 
 
 def _numbers(values: Mapping[str, float | int]) -> str:

@@ -38,6 +38,17 @@ LEVELS = ("L1", "L2", "L3", "L4", "L5")
 """The rungs of the parity ladder, in the order they are climbed."""
 
 
+QUOTED = 4000
+"""Characters of one part of a finding: a path of the longest that systems take fits."""
+
+
+def shortened(text: str) -> str:
+    """The text, or the beginning and end of one that a hostile file made long: what errors quote may be megabytes."""
+    if len(text) <= QUOTED:
+        return text
+    return f"{text[: QUOTED - 400]} [... {len(text)} characters in all ...] {text[-300:]}"
+
+
 @dataclass(frozen=True)
 class Finding:
     """One thing the user should know: an error, a warning or a note.
@@ -52,6 +63,10 @@ class Finding:
     where: str
     why: str
     fix: str
+
+    def __post_init__(self) -> None:
+        for part in ("what", "where", "why", "fix"):
+            object.__setattr__(self, part, shortened(getattr(self, part)))
 
 
 @dataclass(frozen=True)

@@ -38,8 +38,9 @@ def requirements() -> dict[str, list[str]]:
 
 def extra_of(module: str) -> str | None:
     """The extra that brings this module; None if none does."""
-    package = module.partition(".")[0].replace("_", "-")
-    return next((extra for extra, packages in requirements().items() if extra and package in packages), None)
+    package = _normal(module.partition(".")[0])
+    listed = requirements().items()
+    return next((extra for extra, names in listed if extra and package in map(_normal, names)), None)
 
 
 def report() -> dict[str, Any]:
@@ -81,12 +82,30 @@ def _broken(packages: list[str]) -> list[Finding]:
         problem = "pip knows of no installed package edgeexport"
         return list(errors.broken_dependency("edgeexport", problem).findings)
     findings: list[Finding] = []
+    modules = _modules()
     for package in packages:
         try:
-            importlib.import_module(package)
-        except (ImportError, OSError) as error:  # OSError: a shared library that does not load
-            findings += errors.broken_dependency(package, str(error)).findings
+            metadata.version(package)
+            for module in modules.get(_normal(package), ()):
+                importlib.import_module(module)
+        except Exception as error:  # noqa: BLE001 - whatever a broken package raises, OSError of a library among them
+            findings += errors.broken_dependency(package, str(error) or type(error).__name__).findings
     return findings
+
+
+def _modules() -> dict[str, list[str]]:
+    """What each installed package is imported as, which need not be its name, by what it says itself."""
+    found: dict[str, list[str]] = {}
+    for module, packages in metadata.packages_distributions().items():
+        if module.isidentifier() and not module.startswith("_"):
+            for package in packages:
+                found.setdefault(_normal(package), []).append(module)
+    return found
+
+
+def _normal(package: str) -> str:
+    """A package's name as pip compares names."""
+    return re.sub(r"[-_.]+", "-", package).lower()
 
 
 def _version(package: str) -> str | None:

@@ -16,10 +16,11 @@ it. Codes are permanent. tests/golden/errors/<code>.txt holds one rendering of e
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from edgeexport.core import Finding, ParityResult
+from edgeexport.core import Finding, ParityResult, shortened
 
 
 class EdgeExportError(Exception):
@@ -28,7 +29,7 @@ class EdgeExportError(Exception):
     exit_code = 1
 
     def __init__(self, *findings: Finding) -> None:
-        super().__init__("; ".join(f"[{finding.code}] {finding.what}" for finding in findings))
+        super().__init__(shortened("; ".join(f"[{finding.code}] {finding.what}" for finding in findings)))
         self.findings = findings
 
 
@@ -246,10 +247,22 @@ def output_not_writable(folder: Path, problem: str) -> UsageError:
     return UsageError(
         _error(
             "output-not-writable",
-            "the output folder cannot be written",
+            "the output cannot be written",
             folder,
             problem,
-            "free some space or choose a folder you may write to with -o; nothing was left behind",
+            "free some space or choose a place you may write to with -o; nothing was left behind",
+        )
+    )
+
+
+def stream_not_writable(problem: str) -> UsageError:
+    return UsageError(
+        _error(
+            "stream-not-writable",
+            "the result cannot be written to standard output",
+            "standard output",
+            problem,
+            "send it where there is room; files that the command was to write have been written",
         )
     )
 
@@ -1529,6 +1542,20 @@ def internal_error(kind: str, message: str) -> EdgeExportError:
             f"{kind}: {message}" if message else kind,
             "run the command again with -vv and report the traceback to the maintainers, with the output of "
             "`edgeexport doctor`",
+        )
+    )
+
+
+def system_refused(path: object, problem: str) -> ToolError:
+    where = os.fsdecode(path) if isinstance(path, str | bytes) else "the operating system"
+    return ToolError(
+        _error(
+            "system-refused",
+            "the operating system refuses what the command needs",
+            where,
+            problem,
+            "see that the file can be read or written by you, and that there is room; if that is so, run the command "
+            "again with -vv and report the traceback",
         )
     )
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeexport import choosing, errors, families, quant, shipping, targets
+from edgeexport import choosing, errors, families, outputs, quant, shipping, targets
 from edgeexport import steps as step
 from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.cache import Cache
@@ -87,6 +87,8 @@ def build(
     """
     console = console or Console(quiet=True)
     started = time.perf_counter()
+    for folder in (Path(out), *([dump] if dump is not None else [])):
+        outputs.refuse_folder(folder)
     asked = Asked(quant, max_size, max_kl, for_device)
     plan = plan_of(model, target, asked, context)
     step.refuse_plan(plan, max_rss, parity)
@@ -163,6 +165,7 @@ def export(
 ) -> ExportResult:
     """Write the canonical ONNX of `model` into the folder `out`."""
     console = console or Console(quiet=True)
+    outputs.refuse_folder(Path(out))
     checkpoint, family = families.open_model(model)
     aim = targets.load("host-ort")
     slots = context_for(context, aim, family.geometry(checkpoint.config))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from edgeexport import backends, errors, quant
+from edgeexport import backends, errors, quant, threads
 from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
-from edgeexport.checkpoint.digest import Stopped
 from edgeexport.console import Console
 from edgeexport.core import (
     Array,
@@ -38,6 +35,7 @@ from edgeexport.job import Job
 from edgeexport.quant.codes import CodeStore
 from edgeexport.quant.smoothing import NOTHING, Smoothing
 from edgeexport.quant.source import PlannedWeights, no_samples
+from edgeexport.threads import Stop
 from edgeexport.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -188,22 +186,13 @@ def trace(job: Job, cache: Cache, console: Console) -> list[Built]:
     core."""
     components = job.family.components(job.checkpoint, job.context, job.target.shapes)
     models: dict[str, list[CanonicalModel]] = {}
-    stopped = threading.Event()
-
-    def watch(done: int, total: int) -> None:
-        if stopped.is_set():
-            raise Stopped
-
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(job.hash_weights, watch)
-        try:
-            with console.step(f"Tracing {job.checkpoint.name}"):
-                for component in components:
-                    models.setdefault(component.name, []).append(_traced(job, component, cache, console))
-            hashing.result()
-        except BaseException:
-            stopped.set()  # or whoever pressed Ctrl-C would wait until all is hashed
-            raise
+    stop = Stop()
+    with threads.pool(1) as pool, stop:
+        hashing = pool.submit(job.hash_weights, stop.check)
+        with console.step(f"Tracing {job.checkpoint.name}"):
+            for component in components:
+                models.setdefault(component.name, []).append(_traced(job, component, cache, console))
+        hashing.result()
     return [Built(tuple(variants), plan_weights(job, variants)) for variants in models.values()]
 
 

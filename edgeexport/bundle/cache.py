@@ -85,7 +85,7 @@ class Cache:
             return self._unfiled(problem, step, key, fill), False
         filed = False
         try:
-            with self._writing(self._root):
+            with _writing(self._root):
                 fill(partial)
                 self._check()
                 _write_digests(partial, lock)
@@ -109,7 +109,8 @@ class Cache:
             except OSError as problem:
                 folder = self._elsewhere(problem) / f"{step}.{secrets.token_hex(8)}"
                 folder.mkdir()
-            yield folder
+            with _named(folder):
+                yield folder
             shutil.rmtree(folder, ignore_errors=True)
 
     def release(self) -> None:
@@ -212,7 +213,7 @@ class Cache:
         if folder.is_dir():
             return folder
         partial = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
-        with self._writing(folder.parent):
+        with _writing(folder.parent):
             partial.mkdir()
             try:
                 fill(partial)
@@ -235,16 +236,32 @@ class Cache:
             self.remarks.append(errors.cache_read_only(self._home, problem.strerror or str(problem), self._instead))
         return self._instead
 
-    @contextmanager
-    def _writing(self, folder: Path) -> Iterator[None]:
-        """Says what the system refuses about `folder`; of another place that is for whoever works there to say."""
-        try:
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Says what the system refuses about `folder`; of another place that is for whoever works there to say."""
+    try:
+        with _named(folder):
             yield
-        except OSError as problem:
-            place = problem.filename
-            if isinstance(place, (str, bytes)) and not Path(os.fsdecode(place)).is_relative_to(folder):
-                raise
-            raise errors.cache_not_writable(folder, problem.strerror or str(problem)) from problem
+    except BrokenPipeError:  # narration's
+        raise
+    except OSError as problem:
+        place = problem.filename
+        if isinstance(place, (str, bytes)) and not Path(os.fsdecode(place)).is_relative_to(folder):
+            raise
+        raise errors.cache_not_writable(folder, problem.strerror or str(problem)) from problem
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Calls the cache what a writer who does not know where it writes calls the output."""
+    try:
+        yield
+    except errors.UsageError as problem:
+        finding = problem.findings[0]
+        if finding.code != "output-not-writable" or not Path(finding.where).is_relative_to(folder):
+            raise
+        raise errors.cache_not_writable(folder, finding.why) from problem
 
 
 def _release(held: dict[Path, int]) -> None:

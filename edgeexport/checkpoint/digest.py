@@ -7,25 +7,21 @@ import json
 import os
 import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from edgeexport import errors
+from edgeexport import errors, threads
 from edgeexport.checkpoint.files import open_regular
 from edgeexport.core import Checkpoint, Progress, TensorRef, no_progress
 from edgeexport.paths import cache_dir, write_whole
+from edgeexport.threads import Stop
 
 CHUNK = 2**24
 """Bytes hashed at a time. After each, a thread waits for its turn at Python's lock, up to 5 ms while another thread
 traces the model: with chunks of 1 MB that would be most of the time."""
 
 THREADS = 2
-
-
-class Stopped(Exception):
-    """Nobody wants the digest any more."""
 
 
 def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> str:
@@ -38,12 +34,11 @@ def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> 
     """
     total = sum(_size(path) for path in checkpoint.files)
     hashed = dict.fromkeys(checkpoint.files, 0)
-    lock, stopped = threading.Lock(), threading.Event()
+    lock, stop = threading.Lock(), Stop()
 
     def digest_of(path: Path) -> str:
         def count(done: int, _: int) -> None:
-            if stopped.is_set():
-                raise Stopped
+            stop.check()
             with lock:
                 hashed[path] = done
                 progress(sum(hashed.values()), total)
@@ -51,13 +46,9 @@ def content_digest(checkpoint: Checkpoint, progress: Progress = no_progress) -> 
         return file_sha256(path, count)
 
     # From the last to the first: what the system then still holds of files larger than its memory is what is read next.
-    with ThreadPoolExecutor(THREADS) as pool:
-        try:
-            digests = list(pool.map(digest_of, reversed(checkpoint.files)))[::-1]
-        except BaseException:
-            stopped.set()  # a file may be of 40 GB: who presses Ctrl-C waits for one piece of it
-            pool.shutdown(cancel_futures=True)
-            raise
+    # A file may be of 40 GB: who presses Ctrl-C waits for a piece of it.
+    with threads.pool(THREADS) as pool, stop:
+        digests = list(pool.map(digest_of, reversed(checkpoint.files)))[::-1]
     return _sha256_of([checkpoint.header_digest, digests])
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -35,6 +34,7 @@ from edgeexport.session.inputs import Inputs, Run
 from edgeexport.session.preprocess import Preprocess
 from edgeexport.session.runner import Call, DecoderRunner
 from edgeexport.session.session import Session
+from edgeexport.threads import Stop, pool
 
 DECODE_STEPS = 8
 """Decode calls of the numeric levels, after a prefill and a second chunk that meets a filled cache."""
@@ -204,9 +204,10 @@ class Evidence:
         threads = max(1, len(os.sched_getaffinity(0)) // 2)
         with (
             self.watch("Running the original model and the canonical graph") as progress,
-            ThreadPoolExecutor(1) as pool,
+            pool(1) as worker,
+            Stop() as stop,
         ):
-            oracle = pool.submit(self._run_oracle, self.probing, threads)
+            oracle = worker.submit(self._run_oracle, self.probing, threads, stop)
             graph = self.run_graph(self.probing, self.subject.checkpoint_rows, progress, threads)
             return oracle.result(), graph
 
@@ -218,10 +219,15 @@ class Evidence:
         with self.watch("Running the original model"):
             return self._run_oracle(self.sequences)
 
-    def _run_oracle(self, sequences: Sequence[Script], threads: int = 0) -> Outcome:
+    def _run_oracle(self, sequences: Sequence[Script], threads: int = 0, stop: Stop | None = None) -> Outcome:
         from edgeexport.parity.reference import Reference
 
-        reference = Reference(self.subject.oracle(), self.subject.checkpoint_rows)
+        def rows(name: str, start: int, end: int) -> Array:
+            if stop is not None:
+                stop.check()
+            return self.subject.checkpoint_rows(name, start, end)
+
+        reference = Reference(self.subject.oracle(), rows)
         firsts = [int(sequence.last[0]) for sequence in sequences]
         answers = reference.answers([sequence.example for sequence in sequences], firsts, threads)
         outcome = Outcome(hidden=reference.hidden(len(sequences[0].example.tokens)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +26,7 @@ from edgeexport.parity.evidence import (
     Watch,
 )
 from edgeexport.quant.stats import WeightStats, compare_rows
+from edgeexport.threads import pool
 
 if TYPE_CHECKING:
     from edgeexport.parity.reference import Reference
@@ -184,8 +184,8 @@ def _weights(evidence: Evidence, state: Climb) -> None:
         groups: dict[tuple[str, str], list[tuple[float, float, str, bool]]] = {}
         weights = part.models[0].weights
         used |= {ref.name for ref in weights.values()}
-        with evidence.watch(f"Comparing stored weights of {component}") as progress, ThreadPoolExecutor(2) as pool:
-            compared = pool.map(lambda ref: _compare_weight(subject, ref), weights.values())
+        with evidence.watch(f"Comparing stored weights of {component}") as progress, pool(2) as workers:
+            compared = workers.map(lambda ref: _compare_weight(subject, ref), weights.values())
             for done, (name, stats) in enumerate(zip(weights, compared, strict=True)):
                 fmt = part.plan.formats[name]
                 floor = gates.gate(subject.overrides, "L3", "min_snr_db", gates.snr_floor(fmt))

@@ -32,6 +32,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "bad_tower": {"path": Path("models/model.bin"), "problem": "it has version 5; 6 is known"},
     "cache_not_writable": {"folder": Path("cache/models"), "problem": "No space left on device"},
+    "stream_not_writable": {"problem": "No space left on device"},
+    "system_refused": {"path": "dist/smollm2-135m-host-ort/decoder.onnx", "problem": "Permission denied"},
     "cache_read_only": {
         "folder": Path("cache"),
         "problem": "Read-only file system",
