@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from edgeexport import errors
 
@@ -34,3 +37,26 @@ def refuse_file(file: Path) -> None:
     refuse_folder(file.parent)
     if file.exists() and not os.access(file, os.W_OK):
         raise errors.output_not_writable(file, "you may not write to it")
+
+
+@contextmanager
+def gathered(folder: Path) -> Iterator[Path]:
+    """A folder whose files come to be in `folder` when all have been written, and are gone when that fails.
+
+    Raises: UsageError `output-not-writable`, which names `folder` whatever a writer within knows of it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=".partial-") as place:
+            yield Path(place)
+            for file in sorted(Path(place).iterdir()):
+                file.replace(folder / file.name)
+    except BrokenPipeError:  # narration's
+        raise
+    except OSError as problem:
+        raise errors.output_not_writable(folder, problem.strerror or str(problem)) from problem
+    except errors.UsageError as problem:
+        finding = problem.findings[0]
+        if finding.code != "output-not-writable":
+            raise
+        raise errors.output_not_writable(folder, finding.why) from problem

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from edgeexport import backends, errors, quant, threads
+from edgeexport import backends, errors, outputs, quant, threads
 from edgeexport.bench import peak_rss_of_all
 from edgeexport.bundle.artifacts import OpenArtifacts
 from edgeexport.bundle.cache import Cache, key
@@ -399,19 +399,15 @@ def write_canonical(
     """The canonical graphs as ONNX in the folder `out`."""
     from edgeexport.canonical import store
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as problem:
-        raise errors.output_not_writable(out, str(problem)) from problem
-    if reference_weights:
-        return [store.write_reference_onnx(model, out) for model in models]
-
     def rows(ref: TensorRef, start: int, stop: int) -> Array:
         plain = ref.encoding in ("F32", "F16", "BF16") and ref.transform is None
         return reader.raw(ref, start, stop) if plain else reader.rows(ref, start, stop)
 
-    with console.step("Writing the canonical graph"), console.progress("Writing weights", unit="steps") as progress:
-        return [store.write_onnx(model, out, rows, progress) for model in models]
+    with outputs.gathered(out) as place:
+        if reference_weights:
+            return [out / store.write_reference_onnx(model, place).name for model in models]
+        with console.step("Writing the canonical graph"), console.progress("Writing weights", unit="steps") as progress:
+            return [out / store.write_onnx(model, place, rows, progress).name for model in models]
 
 
 def memory_findings(max_rss: int | None) -> list[Finding]:
