@@ -654,6 +654,17 @@ def tokenizer_larger(path: Path, tokens: int, vocab: int) -> Finding:
     )
 
 
+def tokenizer_by_class(folder: Path, kind: str, text: str) -> Finding:
+    return Finding(
+        "warning",
+        "tokenizer-by-class",
+        f"transformers gives {text!r} other tokens than tokenizer.json alone, and the bundle does as transformers",
+        str(folder),
+        f"it opens the tokenizer as a {kind}, which splits texts in a way of its own or as tokenizer_config.json asks",
+        "compare with the model's authors' own numbers; what is split otherwise than in training answers worse",
+    )
+
+
 def missing_tokenizer(folder: Path) -> CheckpointError:
     return CheckpointError(
         _error(
@@ -1310,6 +1321,19 @@ def tokenizer_unusable(where: object, problem: str) -> BundleError:
             where,
             problem,
             "build the bundle again from a checkpoint with a tokenizer.json that the tokenizers library reads",
+        )
+    )
+
+
+def text_not_unicode(text: str) -> UsageError:
+    shown = text.encode("utf-8", "backslashreplace").decode()
+    return UsageError(
+        _error(
+            "text-not-unicode",
+            "a text to the model is not Unicode",
+            shown if len(shown) <= 80 else f"{shown[:80]}...",
+            "a byte in it is not UTF-8, or half of a surrogate pair stands alone; no tokenizer has a token for it",
+            "give the text in UTF-8",
         )
     )
 

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "threads": set(),
     "packing": BASE,
     "tokenizer_json": set(),
-    "text_tables": BASE | {"session.chat", "tokenizer_json"},
+    "text_tables": BASE | {"session.chat", "session.library", "tokenizer_json"},
     "console": BASE | {"units"},
     "checkpoint": BASE | {"packing", "paths"},
     "families": BASE | {"checkpoint", "session.image_contract", "session.images", "session.preprocess"},

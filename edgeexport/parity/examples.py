@@ -17,6 +17,7 @@ from edgeexport.session.image_contract import PatchContract, PixelContract
 from edgeexport.session.image_file import Image
 from edgeexport.session.inputs import Inputs
 from edgeexport.session.preprocess import Preprocess
+from edgeexport.session.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from edgeexport.session.chat import ChatTemplate
@@ -185,10 +186,8 @@ Encode = Callable[[str, bool], list[int]]
 
 def _encoder(tokenizer_json: bytes, vocab: int) -> Encode:
     """Text to ids; those beyond the model's vocabulary (a tokenizer may be larger than its model) are left out."""
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
-    return lambda text, special: [i for i in tokenizer.encode(text, add_special_tokens=special).ids if i < vocab] or [0]
+    tokenizer = Tokenizer(tokenizer_json)
+    return lambda text, special: [i for i in tokenizer.encode(text, add_special_tokens=special) if i < vocab] or [0]
 
 
 def _no_model(component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from edgeexport import errors
-
-MAX_TOKENIZER_BYTES = 256 << 20
-"""No tokenizer comes near this; a larger file is refused before it is read."""
+from edgeexport.session.library import MAX_TOKENIZER_BYTES, Library
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
-_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NAME_ENDING = "_token"
+"""Of the name of a special token: bos_token, image_token."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,7 @@ class Tokenizer:
 
     def __init__(self, data: bytes, where: object = "tokenizer.json") -> None:
         """Raises tokenizer-unusable."""
-        import tokenizers
-
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises nothing more specific than Exception itself
-            raise errors.tokenizer_unusable(where, str(error)) from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        self._library = Library(data, where)
 
     @classmethod
     def from_file(cls, path: Path) -> Tokenizer:
@@ -56,33 +48,32 @@ class Tokenizer:
     @property
     def vocab(self) -> int:
         """Number of ids, added tokens included."""
-        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+        return self._library.vocab
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; special tokens written out in it are recognised.
 
         `add_special_tokens` lets the tokenizer put its own around it: right for plain text, wrong for a rendered chat.
+        Raises: UsageError `text-not-unicode`; BundleError `tokenizer-unusable` where the file's own steps fail at the
+        text, take too long or make too much of it.
         """
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        return self._library.encode(text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of all ids together; bytes that are no UTF-8 become U+FFFD. Raises bad-token."""
-        try:
-            return self._tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
-        except (OverflowError, TypeError) as error:
-            raise errors.bad_token("ids are whole numbers from 0") from error
+        """The text of all ids together; bytes that are no UTF-8 become U+FFFD. Raises bad-token, tokenizer-unusable."""
+        return self._library.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_id(self, token: str) -> int | None:
         """The id of one token's text, or None."""
-        return self._tokenizer.token_to_id(token)
+        return self._library.token_id(token)
 
     def stream(self, *, skip_special_tokens: bool = True) -> TextStream:
         """A streaming decoder for one answer."""
         return TextStream(self, skip_special_tokens)
 
     def ends_in_byte(self, token: int) -> bool:
-        """True for the byte tokens of sentencepiece vocabularies, `<0xE4>`."""
-        text = self._tokenizer.id_to_token(token)
+        """True for the byte tokens of sentencepiece vocabularies, `<0xE4>`. Raises bad-token."""
+        text = self._library.id_to_token(token)
         return text is not None and _BYTE_TOKEN.fullmatch(text) is not None
 
 
@@ -130,12 +121,13 @@ class TextStream:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)
 
 
-def special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
+def special_tokens(files: Mapping[str, bytes], config: Mapping[str, Any] | None = None) -> SpecialTokens:
     """Special tokens and stop ids from a checkpoint's tokenizer files.
 
     `files` maps names ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "generation_config.json") to contents; all but the first may be missing. Stop ids are the `eos_token_id` of the
-    generation config (one or several) and the id of the tokenizer's `eos_token`. Raises tokenizer-unusable.
+    generation config (one or several), or where it names none that of the model's `config`, and the id of the
+    tokenizer's `eos_token`. Raises tokenizer-unusable.
     """
     if "tokenizer.json" not in files:
         raise errors.tokenizer_unusable("tokenizer.json", "the file is missing")
@@ -143,18 +135,26 @@ def special_tokens(files: Mapping[str, bytes]) -> SpecialTokens:
     # tokenizer_config.json is read last: transformers lets it win over the older file
     configs = [_json_object(files, name) for name in ("special_tokens_map.json", "tokenizer_config.json")]
     names: dict[str, str] = {}
-    for config in configs:
-        for name in _SPECIAL_NAMES:
-            text = _token_text(config.get(name))
+    for written in configs:
+        for name, value in written.items():
+            text = _token_text(value) if name.endswith(_NAME_ENDING) else None
             if text is not None:
                 names[name] = text
-    stops = _stop_ids(_json_object(files, "generation_config.json").get("eos_token_id"))
+    stops = _stop_ids(_json_object(files, "generation_config.json"), "generation_config.json")
+    for given in _configs(config or {}):
+        stops = stops or _stop_ids(given, "config.json")
     if "eos_token" in names:
         eos = tokenizer.token_id(names["eos_token"])
         if eos is None:
             raise errors.tokenizer_unusable("tokenizer_config.json", f"eos_token {names['eos_token']} has no id")
         stops.add(eos)
     return SpecialTokens(dict(sorted(names.items())), tuple(sorted(stops)))
+
+
+def _configs(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A model's configuration, and behind it that of its language model where it has parts."""
+    inner = config.get("text_config")
+    return [config, inner] if isinstance(inner, Mapping) else [config]
 
 
 def _json_object(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -174,8 +174,9 @@ def _token_text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _stop_ids(value: object) -> set[int]:
+def _stop_ids(config: Mapping[str, Any], where: str) -> set[int]:
+    value = config.get("eos_token_id")
     listed = value if isinstance(value, list) else [] if value is None else [value]
     if not all(type(item) is int and item >= 0 for item in listed):
-        raise errors.tokenizer_unusable("generation_config.json", f"eos_token_id is {value!r}, not one or more ids")
+        raise errors.tokenizer_unusable(where, f"eos_token_id is {value!r:.80}, not one or more ids")
     return set(listed)

@@ -20,6 +20,7 @@ import struct
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from edgeexport.session.library import Library
 from edgeexport.text_tables import Unsupported
 from edgeexport.text_tables.splitting import programs
 from edgeexport.text_tables.unicode import composition
@@ -35,11 +36,10 @@ NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))
 
 
 def bpe_file(tokenizer_json: bytes) -> bytes:
-    """The file. Raises Unsupported for a tokenizer that these tables cannot hold."""
-    from tokenizers import Tokenizer
-
-    whole = json.loads(tokenizer_json)
-    library = Tokenizer.from_str(tokenizer_json.decode("utf-8"))
+    """The file. Raises Unsupported for a tokenizer that these tables cannot hold, BundleError `tokenizer-unusable` for
+    one that nobody can use."""
+    library = Library(tokenizer_json)
+    whole = json.loads(library.written())  # as the library writes it: every key there, and of its type
     model: Step = whole["model"]
     _refuse_other_models(model)
     decoders = [step["type"] for step in flat_steps(whole.get("decoder"), "decoders")]
@@ -48,14 +48,14 @@ def bpe_file(tokenizer_json: bytes) -> bytes:
     normalised = _is_nfc(whole.get("normalizer"))
     steps = programs(whole.get("pre_tokenizer"))
 
-    vocab: dict[str, int] = library.get_vocab(with_added_tokens=False)
-    added = sorted(library.get_added_tokens_decoder().items())
+    vocab: dict[str, int] = library.ids(added=False)
+    added = sorted(library.added_tokens().items())
     tokens = {number: _bytes_of(text) for text, number in vocab.items()}
     # the library keeps an added token's text in the normal form that it is looked for in
     tokens |= {number: _bytes_of(library.id_to_token(number) or "") for number, _ in added}
-    ids = max(tokens) + 1
-    if ids > MAX_IDS:
-        raise Unsupported("model", f"{ids} ids, more than {MAX_IDS}")
+    ids = max(tokens, default=-1) + 1
+    if not 0 < ids <= MAX_IDS:
+        raise Unsupported("model", f"{ids} ids, where 1 to {MAX_IDS} are possible")
     merges = _ranked_merges(model, vocab)
     whole_pieces = [number for text, number in vocab.items() if _BYTES.keys() >= set(text)]
     ordered = sorted(whole_pieces, key=tokens.__getitem__) if model.get("ignore_merges", False) else []
@@ -141,23 +141,21 @@ def _by_left_half(merges: Sequence[tuple[int, int, int, int]], ids: int) -> list
     return [_starts(counts), *([merge[column] for merge in merges] for column in (1, 2, 3))]
 
 
-def _around(library: Any) -> tuple[list[int], list[int]]:
+def _around(library: Library) -> tuple[list[int], list[int]]:
     """The ids that the tokenizer puts before and after a text of its own accord."""
-    plain = library.encode("a", add_special_tokens=False).ids
-    full = library.encode("a", add_special_tokens=True).ids
+    plain = library.encode("a", add_special_tokens=False)
+    full = library.encode("a", add_special_tokens=True)
     for first in range(len(full) - len(plain) + 1):
         if full[first : first + len(plain)] == plain:
             return full[:first], full[first + len(plain) :]
     raise Unsupported("post_processor", "that changes the text's own tokens")
 
 
-def _added(library: Any, number: int, token: Any) -> bytes:
+def _added(library: Library, number: int, token: Any) -> bytes:
     for name in ("single_word", "lstrip", "rstrip"):
         if getattr(token, name):
             raise Unsupported("added token", f"{token.content!r} with {name}")
-    text = token.content
-    if token.normalized and library.normalizer is not None:
-        text = library.normalizer.normalize_str(text)
+    text = library.normalized(token.content) if token.normalized else token.content
     data = text.encode("utf-8")
     return _numbers([number, token.special, token.normalized, len(data)]) + _padded(data)
 

@@ -12,6 +12,7 @@ import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 
@@ -23,6 +24,14 @@ MANY = 0xFFFFFFFF
 """`most` of an item without an upper end."""
 MAX_CLASSES = 64
 MAX_ITEMS = 64
+MAX_PATTERN = 4096
+MAX_PARTS = 128
+MAX_ALTERNATIVES = 512
+MAX_DEPTH = 16
+"""What a pattern may be: characters, sets of characters, alternatives once its groups are multiplied out, groups within
+groups. The longest that is published has 600 characters, 50 sets, 40 alternatives and two groups."""
+SHOWN = 80
+"""Characters of a pattern that a message repeats."""
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """What `ByteLevel` splits by. Source: tokenizers 0.23, pre_tokenizers/byte_level.rs."""
@@ -71,9 +80,11 @@ class _Parser:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.at = 0
+        self.at = self.depth = self.parts = 0
 
     def parse(self) -> Alternatives:
+        if len(self.text) > MAX_PATTERN:
+            self._refuse(f"more than {MAX_PATTERN} characters")
         found = self._alternatives(ignore_case=False)
         if self.at < len(self.text):
             self._refuse("a bracket too many")
@@ -81,8 +92,9 @@ class _Parser:
             self._refuse("an alternative that matches nothing")
         return found
 
-    def _refuse(self, why: str) -> None:
-        raise Unsupported("pattern", f"{self.text!r}, at {self.at}: {why}")
+    def _refuse(self, why: str) -> NoReturn:
+        shown = self.text if len(self.text) <= SHOWN else f"{self.text[:SHOWN]}..."
+        raise Unsupported("pattern", f"{shown!r}, at {self.at}: {why}")
 
     def _next(self) -> str:
         """The next character, or "" at the end."""
@@ -94,10 +106,19 @@ class _Parser:
         return found
 
     def _alternatives(self, *, ignore_case: bool) -> Alternatives:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self._refuse(f"more than {MAX_DEPTH} groups within each other")
         found = self._sequence(ignore_case)
         while self._take("|"):
             found += self._sequence(ignore_case)
+            self._bound(len(found))
+        self.depth -= 1
         return found
+
+    def _bound(self, alternatives: int) -> None:
+        if alternatives > MAX_ALTERNATIVES:
+            self._refuse(f"groups that make more than {MAX_ALTERNATIVES} alternatives")
 
     def _sequence(self, ignore_case: bool) -> Alternatives:
         """One alternative; several where it has a group, since a group is multiplied out."""
@@ -112,7 +133,9 @@ class _Parser:
                 # (a|b) behind a run of changing length would be tried in another order than a regex engine does
                 if any(item.least != item.most for items in found for item in items):
                     self._refuse("a group behind a run of changing length")
-                found = _followed(found, self._alternatives(ignore_case=ignore_case or fold))
+                tails = self._alternatives(ignore_case=ignore_case or fold)
+                self._bound(len(found) * len(tails))
+                found = _followed(found, tails)
                 if not self._take(")") or _QUANTIFIER.match(self.text, self.at):
                     self._refuse("a group that is not plain")
             elif self._next() == "(":
@@ -142,6 +165,9 @@ class _Parser:
 
     def _one(self, ignore_case: bool) -> Chars:
         """The set of a character, an escape or a bracket."""
+        self.parts += 1
+        if self.parts > MAX_PARTS:
+            self._refuse(f"more than {MAX_PARTS} sets of characters")
         if not self._take("["):
             return self._char(ignore_case)
         negated = self._take("^")
@@ -163,7 +189,10 @@ class _Parser:
         known = _PROPERTY.match(self.text, self.at)
         if known is not None:
             self.at = known.end()
-            return matched(known[0])
+            try:
+                return matched(known[0])
+            except Exception as problem:  # the library raises nothing more specific
+                raise Unsupported("pattern", f"{known[0]}, which is no set of characters: {problem}") from problem
         char = self._next()
         self.at += 1
         if char == "\\":
@@ -190,7 +219,7 @@ def _followed(heads: Alternatives, tails: Alternatives) -> Alternatives:
 def _packed(alternatives: Alternatives) -> bytes:
     """A program as 32-bit numbers, little-endian: number of ranges, each as first code point << 8 | class; number of
     alternatives, each as its number of items, and items as (absent, classes 0-31, classes 32-63, least, most)."""
-    items = [item for each in alternatives for item in each]
+    items = list(dict.fromkeys(item for each in alternatives for item in each))  # alternatives share items
     if max(map(len, alternatives)) > MAX_ITEMS:
         raise Unsupported("pattern", f"an alternative of more than {MAX_ITEMS} parts")
     # characters that no item tells apart are one class

@@ -90,6 +90,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "why": "their groups are not runs of columns (act-order), and no runtime's blocks are anything else",
         "fix": "use a checkpoint that was quantised without act-order (desc_act false)",
     },
+    "tokenizer_by_class": {"folder": Path("models/tiny"), "kind": "Qwen2Tokenizer", "text": "two  spaces"},
     "missing_tokenizer": {"folder": Path("models/tiny")},
     "weights_truncated": {
         "path": Path("models/tiny/model.safetensors"),
@@ -209,6 +210,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "duplicate_plugin": {"kind": "backend", "name": "onnxruntime", "value": "other_package.backend"},
     "unknown_backend": {"name": "onnx", "known": ["onnxruntime"]},
     "ort_file_too_large": {"path": Path("decoder.ort"), "size": 3221225472, "limit": 2147483648},
+    "text_not_unicode": {"text": "Gr\udcf6\udcdfe"},
     "tokenizer_without_table": {"part": "normalizer", "kind": "NFKC"},
     "chat_template_without_table": {"problem": "that writes today's date"},
     "mnn_tokenizer_unsupported": {"part": "normalizer", "kind": "Precompiled"},
