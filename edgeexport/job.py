@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -57,9 +56,8 @@ class Job:
     @cached_property
     def special_tokens(self) -> SpecialTokens:
         """Special tokens and stop ids, from the tokenizer's files; config.json stands in for a generation config that
-        is missing, as in transformers."""
-        stand_in = {"eos_token_id": self.checkpoint.config.get("eos_token_id")}
-        return special_tokens({"generation_config.json": json.dumps(stand_in).encode(), **self.tokenizer_files})
+        is missing, as in transformers, or names no eos token. Raises: BundleError `tokenizer-unusable`."""
+        return special_tokens(self.tokenizer_files, self.checkpoint.config)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,16 +75,31 @@ def read_tokenizer(job: Job) -> list[Finding]:
 
     Raises: CheckpointError `tokenizer-unusable`, `token-beyond-model`, `chat-template-unusable`."""
     try:
+        _import_meanwhile(lambda: job.tokenizer_files)
         return _judged_tokenizer(job)
     except errors.BundleError as problem:  # which it is where a session opens it
         raise errors.CheckpointError(*problem.findings) from problem
+
+
+def _import_meanwhile(work: Callable[[], object]) -> None:
+    """Do `work`, which waits for another process where nothing is remembered of it; import meanwhile what tracing needs
+    then, which takes as long."""
+
+    with threads.pool(1) as pool, suppress(errors.EdgeExportError):  # which is raised where it is asked again
+        waiting = pool.submit(work)
+        wait([waiting], 0.1)
+        if not waiting.done():
+            with suppress(ImportError):  # said by the step that needs it
+                importlib.import_module("edgeexport.families.stages")
+        waiting.result()
 
 
 def _judged_tokenizer(job: Job) -> list[Finding]:
     path, vocab = job.checkpoint.path, job.family.geometry(job.checkpoint.config).vocab
     if job.chat_template is not None:
         job.chat_template.check()
-    remarks = [] if job.special_tokens.stop_ids else [errors.no_stop_token(path)]
+    remarks = list(getattr(job.tokenizer_files, "remarks", ()))
+    remarks += [] if job.special_tokens.stop_ids else [errors.no_stop_token(path)]
     if job.tokenizer.vocab > vocab:
         remarks.append(errors.tokenizer_larger(path, job.tokenizer.vocab, vocab))
     for what, tokens in _certain(job).items():

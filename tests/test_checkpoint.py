@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from factories import tiny_model, write_safetensors
+from factories import tiny_model, with_tokenizer, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -335,14 +335,36 @@ def test_fuzz_any_bytes(tmp_path_factory: pytest.TempPathFactory, data: bytes) -
 
 
 def test_tokenizer_files(folder: Path) -> None:
+    with_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "inner"}')
     (folder / "added_tokens.json").write_text("{}")
+    (folder / "generation_config.json").write_text("{}")
     checkpoint = open_checkpoint(folder)
     files = checkpoint.read_tokenizer()
-    assert set(files) == {"tokenizer.json", "tokenizer_config.json", "added_tokens.json", "chat_template.jinja"}
+    made = {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"}
+    assert set(files) == made
     assert files["chat_template.jinja"] == b"inner"
     (folder / "chat_template.jinja").write_text("outer")
     assert checkpoint.read_tokenizer()["chat_template.jinja"] == b"outer"
+
+
+def test_templates_of_models_with_a_processor(folder: Path) -> None:
+    """Expected as transformers' ProcessorMixin.get_processor_dict orders them."""
+    with_tokenizer(folder)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "of the tokenizer"}')
+    (folder / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+
+    def found() -> bytes:
+        return open_checkpoint(folder).read_tokenizer()["chat_template.jinja"]
+
+    assert found() == b"of the tokenizer"  # nobody reads the other where there is no processor
+    (folder / "preprocessor_config.json").write_text("{}")
+    assert found() == b"of the processor"
+    (folder / "chat_template.jinja").write_text("of both")
+    assert found() == b"of both"
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("of tools")
+    assert found() == b"of both"
 
 
 @pytest.mark.parametrize(
@@ -354,8 +376,31 @@ def test_tokenizer_files(folder: Path) -> None:
     ],
 )
 def test_named_templates(folder: Path, template: Any, expected: bytes | None) -> None:
+    with_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
     assert open_checkpoint(folder).read_tokenizer().get("chat_template.jinja") == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "code"),
+    [
+        ("chat_template.jinja", b"{{ '\xff' }}", "file-unreadable"),
+        ("tokenizer_config.json", b'{"chat_template": "\xff"}', "bad-json"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "tokenizer-unusable"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "tokenizer-unusable"),
+        ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer-unusable"),
+        ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": 1}}', "tokenizer-unusable"),
+        ("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": [null, "x.Y"]}}', "tokenizer-unusable"),
+        ("added_tokens.json", b'["a"]', "bad-json"),
+        ("added_tokens.json", b'{"a": "b"}', "tokenizer-unusable"),
+        ("special_tokens_map.json", b'{"eos_token": 7}', "tokenizer-unusable"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "tokenizer-unusable"),
+    ],
+)
+def test_bad_files_beside_a_tokenizer(folder: Path, name: str, data: bytes, code: str) -> None:
+    with_tokenizer(folder)
+    (folder / name).write_bytes(data)
+    assert code_of(open_checkpoint(folder).read_tokenizer) == code
 
 
 def test_missing_and_bad_tokenizer(folder: Path) -> None:

@@ -11,15 +11,13 @@ from edgeexport import errors
 from edgeexport.checkpoint import quantised, safetensors
 from edgeexport.checkpoint.digest import header_digest
 from edgeexport.checkpoint.files import CONFIG_LIMIT, TOKENIZER_LIMIT, find, parse_object, read_object, read_small
+from edgeexport.checkpoint.resolved import TEMPLATE, TokenizerFiles, resolve
 from edgeexport.core import Checkpoint
 
-TOKENIZER_FILES = (
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
-TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+"""What AutoTokenizer reads beside tokenizer.json, as far as it exists."""
+TEMPLATE_FOLDER = "additional_chat_templates"
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
 def open_folder(folder: Path, name: str) -> Checkpoint:
@@ -50,7 +48,7 @@ def open_folder(folder: Path, name: str) -> Checkpoint:
         tensors=tensors,
         files=files,
         processor=processor,
-        read_tokenizer=partial(read_tokenizer, folder),
+        read_tokenizer=partial(read_tokenizer, folder, config),
         header_digest=header_digest(config, {**generation, "processor": processor}, tensors, files),
     )
 
@@ -69,11 +67,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_tokenizer(folder: Path) -> Mapping[str, bytes]:
-    """The tokenizer's files by name, as far as they exist. Raises `missing-tokenizer`, `bad-json`, `file-too-large`.
+def read_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerFiles:
+    """The tokenizer's files by name, as AutoTokenizer has them, and generation_config.json as it is.
 
-    A chat template inside tokenizer_config.json becomes chat_template.jinja, unless that file exists; of several
-    templates it is the one named "default".
+    Raises `missing-tokenizer`, `bad-json`, `file-too-large`, `path-escapes`, and what `resolved.resolve` raises.
     """
     path = find(folder, "tokenizer.json")
     if path is None:
@@ -84,19 +81,41 @@ def read_tokenizer(folder: Path) -> Mapping[str, bytes]:
         path = find(folder, name)
         if path is not None:
             files[name] = read_small(path, TOKENIZER_LIMIT)
-            if name == "tokenizer_config.json":
-                template = _inner_template(parse_object(files[name], path))
-                if template is not None:
-                    files[TEMPLATE] = template.encode("utf-8")
-    path = find(folder, TEMPLATE)
+            parse_object(files[name], path)
+    template = _template(folder)
+    if template is not None:
+        files[TEMPLATE] = template
+    made = resolve(folder, files, config)
+    path = find(folder, "generation_config.json")
     if path is not None:
-        files[TEMPLATE] = read_small(path, TOKENIZER_LIMIT)
-    return files
+        made["generation_config.json"] = read_small(path, TOKENIZER_LIMIT)
+    return made
 
 
-def _inner_template(config: Mapping[str, Any]) -> str | None:
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    return template if isinstance(template, str) else None
+def _template(folder: Path) -> bytes | None:
+    """The chat template that goes before one in tokenizer_config.json, UTF-8. A model with a processor is asked through
+    it, and it has two places more. Raises as `read_tokenizer` does."""
+    extra = find(folder, TEMPLATE_FOLDER)
+    paths = [find(extra, "default.jinja") if extra is not None and extra.is_dir() else None, find(folder, TEMPLATE)]
+    given = next((path for path in paths if path is not None), None)
+    if given is not None:
+        data = read_small(given, TOKENIZER_LIMIT)
+        try:
+            data.decode("utf-8")
+        except UnicodeDecodeError as problem:
+            raise errors.file_unreadable(given, f"it is not UTF-8: {problem}") from problem
+        return data
+    if any(find(folder, name) is not None for name in PROCESSOR_FILES):
+        for name in ("processor_config.json", "chat_template.json"):
+            path = find(folder, name)
+            text = read_object(path, TOKENIZER_LIMIT).get("chat_template") if path is not None else None
+            if path is not None and isinstance(text, str):
+                return _utf8(text, path)
+    return None
+
+
+def _utf8(text: str, path: Path) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as problem:
+        raise errors.bad_json(path, "a text in it has half a surrogate pair, which is no Unicode") from problem
