@@ -168,6 +168,41 @@ def test_stop_ids_come_from_both_configs() -> None:
 
 
 @pytest.mark.parametrize(
+    ("generation", "config", "stops"),
+    [
+        (None, {"eos_token_id": 3}, (3,)),
+        ({}, {"eos_token_id": [3, 4]}, (3, 4)),
+        ({"eos_token_id": None}, {"eos_token_id": 3}, (3,)),
+        ({"eos_token_id": 5}, {"eos_token_id": 3}, (5,)),
+        ({"temperature": 1}, {"text_config": {"eos_token_id": [6]}}, (6,)),
+        ({"temperature": 1}, {"text_config": None}, ()),
+        ({"eos_token_id": []}, {}, ()),
+    ],
+)
+def test_config_names_stop_ids_where_the_generation_config_does_not(
+    generation: Any, config: dict[str, Any], stops: tuple[int, ...]
+) -> None:
+    files = {"tokenizer.json": TOKENIZERS["byte_level"]}
+    if generation is not None:
+        files["generation_config.json"] = json.dumps(generation).encode()
+    assert special_tokens(files, config).stop_ids == stops
+
+
+@pytest.mark.parametrize("value", [-1, "257", 1.5, True, [None], {"a": 1}])
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_a_stop_id_that_is_none_is_refused_by_the_name_of_its_file(value: Any, name: str) -> None:
+    given = {"eos_token_id": value}
+    generation = given if name.startswith("generation") else {}
+    files = {
+        "tokenizer.json": TOKENIZERS["byte_level"],
+        "generation_config.json": json.dumps(generation).encode(),
+    }
+    with pytest.raises(errors.BundleError) as error:
+        special_tokens(files, given)
+    assert code_of(error) == "tokenizer-unusable" and error.value.findings[0].where == name
+
+
+@pytest.mark.parametrize(
     "files",
     [{"tokenizer_config.json": b"["}, {"tokenizer_config.json": b"[]"},
      {"generation_config.json": b'{"eos_token_id": "a"}'},

@@ -40,6 +40,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "gpt-2": PreTokenizer(),
     "smollm": PreTokenizer(single_digits=True),
     "qwen2": PreTokenizer(split=_QWEN2_SPLIT, normalize=True),
+    "deepseek-r1-qwen": PreTokenizer(split=_QWEN2_SPLIT, normalize=True),
     "llama-bpe": PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True),
     "llama3": PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True),
     "llama-v3": PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True),
@@ -137,7 +138,18 @@ def _flag(header: GgufHeader, key: str, default: bool) -> bool:
 def _build(
     header: GgufHeader, pre: PreTokenizer, tokens: list[str], types: list[int], config: Mapping[str, Any]
 ) -> bytes:
-    """tokenizer.json, by the library that will read it."""
+    """tokenizer.json, by the library that will read it. Raises `gguf-tokenizer`."""
+    try:
+        return _built(header, pre, tokens, types, config)
+    except (errors.EdgeExportError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as problem:  # the library raises Exception itself, and panics by what is none
+        raise errors.gguf_tokenizer(header.path, f"the tokenizers library says: {problem}"[:500]) from problem
+
+
+def _built(
+    header: GgufHeader, pre: PreTokenizer, tokens: list[str], types: list[int], config: Mapping[str, Any]
+) -> bytes:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     # Fillers of an embedding that is larger than its vocabulary are no tokens: they must never come out of encoding.

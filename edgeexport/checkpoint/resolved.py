@@ -81,17 +81,11 @@ def _asked(folder: Path, files: Mapping[str, bytes]) -> bytes:
         place = Path(name)
         for file, data in files.items():
             (place / file).write_bytes(data)
-        # -P: the program lies among modules whose names are those of packages that transformers imports
-        command = [sys.executable, "-P", str(Path(auto_tokenizer.__file__)), name]
-        try:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, capture_output=True, timeout=WALL_SECONDS, check=False, cwd=name
-            )
-        except subprocess.TimeoutExpired as problem:
-            raise _unusable(folder, f"transformers has not opened it within {WALL_SECONDS} s") from problem
+        status = ask(place)
         answer = _read(place / "answer.json")
         if answer is None:
-            raise _unusable(folder, f"the process that opened it ended with {done.returncode}")
+            how = f"ended with {status}" if status is not None else f"has not opened it within {WALL_SECONDS} s"
+            raise _unusable(folder, f"the process in which transformers opens it {how}")
         found = json.loads(answer)
         if "problem" in found:
             if str(found["problem"]).startswith("ModuleNotFoundError"):
@@ -101,6 +95,20 @@ def _asked(folder: Path, files: Mapping[str, bytes]) -> bytes:
         if len(tokenizer) > TOKENIZER_LIMIT:
             raise _unusable(folder, f"as transformers has it it would take {len(tokenizer)} bytes")
         return _encoded(folder, {**found, "tokenizer": tokenizer.decode("utf-8")})
+
+
+def ask(place: Path) -> int | None:
+    """Run `auto_tokenizer` over the files in a folder; its exit status, or None where it took too long."""
+    # -P: the program lies among modules whose names are those of packages that transformers imports
+    command = [sys.executable, "-P", str(Path(auto_tokenizer.__file__)), str(place)]
+    quiet = subprocess.DEVNULL
+    try:
+        done = subprocess.run(
+            command, stdin=quiet, stdout=quiet, stderr=quiet, timeout=WALL_SECONDS, check=False, cwd=place
+        )
+    except subprocess.TimeoutExpired:
+        return None
+    return done.returncode
 
 
 def _encoded(folder: Path, answer: Mapping[str, Any]) -> bytes:

@@ -127,10 +127,11 @@ def _byte_ids(model: Step, vocab: dict[str, int]) -> list[int]:
 
 def _ranked_merges(model: Step, vocab: dict[str, int]) -> list[tuple[int, int, int, int]]:
     """(left, right, rank, result), ascending. Of two merges of the same halves the library keeps the last."""
-    found = {
-        (vocab[left], vocab[right]): (rank, vocab[left + right])
-        for rank, (left, right) in enumerate(merge_pairs(model))
-    }
+    found = {}
+    for rank, (left, right) in enumerate(merge_pairs(model)):
+        if not {left, right, left + right} <= vocab.keys():  # such as where two tokens have one id
+            raise Unsupported("model", f"a merge of {left[:40]!r} and {right[:40]!r} that are no tokens of their own")
+        found[vocab[left], vocab[right]] = rank, vocab[left + right]
     return sorted((*halves, *result) for halves, result in found.items())
 
 
