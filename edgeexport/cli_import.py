@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from msgspec import Struct
 from edgeexport import errors, strict_json
 from edgeexport.bundle import device_report, open_bundle
 from edgeexport.bundle.bundle import Bundle
-from edgeexport.bundle.files import sha256_of
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.parity import report as reports
 from edgeexport.parity.report import Extra
@@ -92,14 +92,11 @@ def _read(bundle: Bundle) -> tuple[list[ParityResult], Extra]:
     place = bundle.path / REPORT
     if REPORT not in bundle.manifest.files:
         raise errors.bundle_file_missing(bundle.path, REPORT)
-    entry = bundle.manifest.files[REPORT]
-    bundle.check(REPORT)
-    if entry.size > MAX_BYTES:
-        raise errors.parity_report_bad(place, f"it has {entry.size} bytes, more than {MAX_BYTES}")
-    if sha256_of(place) != entry.sha256:
+    data = bundle.read(REPORT, MAX_BYTES)
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[REPORT].sha256:
         raise errors.bundle_file_changed(bundle.path, REPORT, "its sha256 is not the one in the manifest")
     try:
-        document = strict_json.parse(place.read_bytes())
+        document = strict_json.parse(data)
         checked = msgspec.convert(document, _Report)
     except (ValueError, OverflowError) as error:
         raise errors.parity_report_bad(place, str(error)) from error

@@ -193,8 +193,11 @@ def verify(console: Console, bundle: Path, *, golden: bool, threads: int | None)
             "golden": report.golden,
             "note": report.note,
             "comparison": report.comparison,
+            "remarks": report.remarks,
         }
     )
+    for remark in report.remarks:
+        console.finding(remark)
     note = f" ({report.note})" if report.note else ""
     console.result(
         f"{bundle}  {report.files} files, {format_bytes(report.bytes)}, all as built; "

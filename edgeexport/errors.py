@@ -1157,6 +1157,17 @@ def bundle_file_unlisted(folder: Path, name: str) -> BundleError:
     )
 
 
+def bundle_companion(folder: Path, name: str) -> Finding:
+    return Finding(
+        "note",
+        "bundle-companion",
+        f"a file beside the bundle's own was not checked: {name}",
+        str(folder / name),
+        "hubs, git and desktops put such files there; the manifest does not list it, and nothing reads it",
+        "nothing needs to be done",
+    )
+
+
 def bundle_unsafe_path(folder: Path, name: str, problem: str) -> BundleError:
     return BundleError(
         _error(
@@ -1212,6 +1223,18 @@ def bundle_bad_smoothing(where: object, problem: str) -> BundleError:
             "what was moved between activations and weights cannot be read",
             str(where),
             problem,
+            "build the bundle again, or fetch it again from where it was built",
+        )
+    )
+
+
+def bundle_bad_weights(where: object, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "bundle-bad-weights",
+            "where the artifact keeps its weights cannot be read",
+            str(where),
+            problem[:400],
             "build the bundle again, or fetch it again from where it was built",
         )
     )

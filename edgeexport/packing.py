@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgeexport import errors
+from edgeexport.plainfile import open_plain
 
 Float32 = npt.NDArray[np.float32]
 Int8 = npt.NDArray[np.int8]
@@ -15,8 +16,8 @@ UInt8 = npt.NDArray[np.uint8]
 
 
 def read_bytes(path: Path, offset: int, size: int) -> UInt8:
-    """Bytes of a file of ours. Raises: BundleError `artifact-truncated` when the file ends early."""
-    with path.open("rb", buffering=0) as file:
+    """Bytes of a file of ours. Raises: BundleError `artifact-truncated` when the file ends early; OSError."""
+    with open_plain(path, follow=True) as file:
         file.seek(offset)
         data: UInt8 = np.empty(size, np.uint8)
         got = file.readinto(data.data) if size else 0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import numpy as np
 
-from edgeexport import backends, errors, families, targets
+from edgeexport import backends, errors, families, stored, targets
 from edgeexport.bundle import conformance
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import Bundle, open_bundle
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from edgeexport.parity.examples import Shown
     from edgeexport.parity.ladder import Climb
 
+MAX_REPORT_BYTES = 64 << 20
+"""Of parity.json and smoothing.json, which are read whole."""
 TEXT = "text"
 """The ladder's name for its prompt of text alone."""
 
@@ -52,7 +54,7 @@ def up_to_date(
         return None
     from edgeexport.parity.report import read_results
 
-    report = json.loads((destination / "parity.json").read_bytes())
+    report = json.loads(bundle.read("parity.json", MAX_REPORT_BYTES))
     sizes = report["sizes"]
     answers = list(report.get("answers", []))
     return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report), answers
@@ -231,7 +233,12 @@ def job_of_bundle(folder: Path, model: str, level: str) -> Job:
     manifest, decoder = bundle.manifest, bundle.component(DECODER)
     checkpoint, family = families.open_model(model)
     context = decoder.kv.context if decoder.kv else 0
-    choice = budget.read(folder / budget.FILE) if budget.FILE in manifest.files else None
+    choice = None
+    if budget.FILE in manifest.files:
+        bundle.check(budget.FILE)
+        choice = budget.read(folder / budget.FILE)
+    if manifest.target.name not in targets.names():  # `load` would take a path, too, and a bundle names none
+        raise errors.unknown_target(manifest.target.name, targets.names())
     aim = targets.load(manifest.target.name)
     job = Job(checkpoint, aim, manifest.quantisation, context, level, family, choice=choice)
     if job.weights_digest != manifest.model.checkpoint_digest:
@@ -245,7 +252,7 @@ def artifacts_of_bundle(folder: Path, parts: Sequence[Built]) -> list[Built]:
     found = []
     for part in parts:
         component = bundle.component(part.name)
-        weights = stored_weights(folder, part.name)
+        weights = stored_weights(bundle, part.name, part.shapes())
         signatures: Any = component.signatures
         artifact = Artifact(part.name, component.backend, component.files, signatures, component.state, weights, {})
         how = bundle.manifest.calibration
@@ -261,7 +268,7 @@ def _smoothing_of(bundle: Bundle, part: Built) -> Smoothing:
     if name not in bundle.manifest.files:
         return NOTHING
     try:
-        found = Smoothing.from_json((bundle.path / name).read_bytes())
+        found = Smoothing.from_json(bundle.read(name, MAX_REPORT_BYTES))
         if not found.fit(part.shapes()):
             raise ValueError("it names weights that the model does not have, or of another shape")
     except (OSError, ValueError) as problem:
@@ -269,9 +276,12 @@ def _smoothing_of(bundle: Bundle, part: Built) -> Smoothing:
     return found
 
 
-def stored_weights(bundle: Path, component: str = DECODER) -> dict[str, StoredWeight]:
-    """Where a bundle's artifact keeps each weight, by the canonical graph's names."""
-    return msgspec.json.decode((bundle / f"{component}.weights.json").read_bytes(), type=dict[str, StoredWeight])
+def stored_weights(bundle: Bundle, component: str, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, StoredWeight]:
+    """Where a bundle's artifact keeps each of the weights of `shapes`, by the canonical graph's names. Raises:
+    BundleError `bundle-bad-weights`."""
+    name = f"{component}.weights.json"
+    files = {file: bundle.manifest.files[file].size for file in bundle.component(component).files}
+    return stored.from_json(bundle.read(name, stored.MAX_BYTES), bundle.path / name, files, shapes)
 
 
 def dump(folder: Path, parts: Sequence[Built]) -> None:

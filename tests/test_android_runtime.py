@@ -208,7 +208,7 @@ def test_pictures_sounds_and_conversations_are_replayed(plain: Path, mini: Path,
     # how far the artifact is from the original model, L5, this build did not ask
     assert {row.verdict for row in rows if row.level != "L5"} == {Verdict.PASS}
     found = {row.output.split(" on ")[0]: row.metrics["max_abs"] for row in rows if row.level == "L4"}
-    vectors = golden.read_vectors(mini / "golden" / "picture.safetensors")
+    vectors = golden.read_vectors((mini / "golden/picture.safetensors").read_bytes(), mini)
     assert vectors.artifact is not None
     with open_bundle(mini).session(threads=2) as session:
         picture = session.encode_image(read_image(mini / "golden" / "picture-224x224.bmp"))

@@ -75,7 +75,8 @@ def judge(bundles: dict[str, Path]) -> Any:
 
     @lru_cache(maxsize=1)  # two of them are a gigabyte
     def load(scheme: str | None) -> Any:
-        stored = stored_weights(bundles[scheme]) if scheme else {}
+        shapes = {name: ref.shape for name, ref in checkpoint.tensors.items()}
+        stored = stored_weights(open_bundle(bundles[scheme]), "decoder", shapes) if scheme else {}
         with WeightReader() as reader:
             state = {}
             for name, ref in checkpoint.tensors.items():

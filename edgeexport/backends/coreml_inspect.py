@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +15,7 @@ from edgeexport.backends.coreml_lints import unsafe
 from edgeexport.backends.coreml_mil import Malformed, type_of
 from edgeexport.backends.coreml_package import Package
 from edgeexport.core import Array
+from edgeexport.plainfile import open_plain
 
 SUFFIX = ".mlpackage"
 RUNTIME = "interpreted on this computer, not by Apple's runtime"
@@ -94,9 +94,9 @@ def evaluate(path: Path, inputs: Path, function: str = "", out: Path | None = No
 def _arrays(package: Path, inputs: Path) -> dict[str, Array]:
     """The arrays of an .npz, whole numbers as int32. Nothing in it is unpickled."""
     try:
-        with np.load(inputs, allow_pickle=False) as held:
+        with open_plain(inputs, follow=True) as file, np.load(file, allow_pickle=False) as held:
             found = {name: held[name] for name in held.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as problem:
+    except Exception as problem:  # numpy's readers of .npz fail over a damaged one with whatever they run into
         raise errors.mlpackage_bad_input(package, str(inputs), f"it cannot be read as .npz: {problem}") from problem
     return {name: array.astype(np.int32) if array.dtype.kind in "iu" else array for name, array in found.items()}
 

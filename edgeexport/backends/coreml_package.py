@@ -24,6 +24,7 @@ from edgeexport import errors
 from edgeexport.backends import storage
 from edgeexport.backends.coreml_mil import BY_NAME, Element, Malformed, Type, protobuf, type_of, unpack
 from edgeexport.core import Array, Format, Progress, WeightSource, no_progress
+from edgeexport.plainfile import in_hub_cache, open_plain, read_plain
 
 MANIFEST = "Manifest.json"
 MODEL = "Data/com.apple.CoreML/model.mlmodel"
@@ -148,11 +149,9 @@ def _located(path: Path, offset: int, wanted: Type) -> tuple[int, Element]:
 
 def _root_model(path: Path) -> Path:
     """The program's file, by the manifest. Raises: BundleError `mlpackage-damaged`."""
-    where = path / MANIFEST
+    where = _inside(path, path, MANIFEST)
     try:
-        if _size(where) > MAX_MANIFEST_BYTES:
-            raise errors.mlpackage_damaged(where, f"it has more than {MAX_MANIFEST_BYTES} bytes")
-        manifest = json.loads(where.read_text(encoding="utf-8"))
+        manifest = json.loads(read_plain(where, MAX_MANIFEST_BYTES, follow=True).decode("utf-8"))
         found = manifest["itemInfoEntries"][manifest["rootModelIdentifier"]]["path"]
     except (OSError, ValueError, RecursionError) as problem:
         raise errors.mlpackage_damaged(where, f"it cannot be read: {problem}") from problem
@@ -183,9 +182,13 @@ def _inside(package: Path, folder: Path, name: str) -> Path:
     if not parts or PurePosixPath(name).is_absolute() or ".." in parts or "\0" in name:
         raise errors.mlpackage_damaged(package, f"the path {name!r} leaves the package")
     path = folder.joinpath(*parts)
-    if not path.is_file():
-        raise errors.mlpackage_damaged(path, "the file is missing")
-    if not path.resolve().is_relative_to(package.resolve()):
+    try:
+        if not path.is_file():
+            raise errors.mlpackage_damaged(path, "the file is missing")
+        place = path.resolve()
+    except (OSError, RuntimeError, ValueError) as problem:  # a loop of links, a name that is too long or not Unicode
+        raise errors.mlpackage_damaged(package, f"its file {name!a} cannot be found: {problem}") from problem
+    if not (place.is_relative_to(package.resolve()) or in_hub_cache(package, place)):
         raise errors.mlpackage_damaged(path, "the file is a link that leaves the package")
     return path
 
@@ -200,7 +203,7 @@ def _size(path: Path) -> int:
 def _read(path: Path, offset: int, size: int) -> Array:
     data = np.empty(size, np.uint8)
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_plain(path, follow=True) as file:
             file.seek(offset)
             view, got = data.data, 0
             while got < size and (more := file.readinto(view[got:])):

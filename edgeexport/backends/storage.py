@@ -180,6 +180,29 @@ def read_rows(folder: Path, weight: StoredWeight, start: int, stop: int) -> Arra
     return scaled.reshape(count, width)
 
 
+def misplaced(weight: StoredWeight, size: int) -> Iterator[str]:
+    """Why `read_rows` could not read a weight from a file of `size` bytes; nothing where it can."""
+    fmt, (rows, width) = weight.format, _matrix(weight.shape)
+    per_row = blocks(width, fmt)
+    if fmt.integer and (not per_row or width % per_row or (fmt.bits == 4 and width % 2)):
+        yield f"rows of {width} do not divide into blocks of {fmt.block}"
+        return
+    runs = {"data": (weight.offset, rows * row_bytes(width, fmt))}
+    if fmt.integer:
+        runs["scales"] = (weight.scales_offset, rows * _row_scale_bytes(weight))
+    if fmt.palette:
+        runs["palettes"] = (weight.palettes_offset, 2 * PALETTE * -(-rows // PALETTE))
+    if fmt.shift == "zero":
+        runs["zero points"] = (weight.shift_offset, -(-rows * _row_zero_points(weight) // 2))
+    elif fmt.shift and not weight.paired:
+        runs["offsets"] = (weight.shift_offset, rows * row_shift_bytes(width, fmt))
+    if fmt.shift == "int8":
+        runs["scales of offsets"] = (weight.shift_scales_offset, 2 * rows)
+    for what, (start, length) in runs.items():
+        if not 0 <= start <= size - length:
+            yield f"its {what} are bytes {start} to {start + length}; {weight.file} has {size}"
+
+
 def _offsets(path: Path, weight: StoredWeight, start: int, scales: Array) -> Array:
     """What is added to each block of rows from `start` on, whose scales are float32 [rows, blocks]: of that shape."""
     (count, per_row), fmt, size = scales.shape, weight.format, row_shift_bytes(_matrix(weight.shape)[1], weight.format)

@@ -13,6 +13,7 @@ from typing import Any
 from edgeexport import errors
 from edgeexport.backends.onnxruntime_runner import OnnxDecoder, OnnxGraph, signature_file, signature_of
 from edgeexport.core import Dim, StandIn, TensorSpec
+from edgeexport.plainfile import open_plain
 
 RUNTIME = "computed in ONNX Runtime from the graph that the engine is built from, not by the engine"
 STAND_IN = StandIn(
@@ -70,8 +71,11 @@ def graph_file(component: Any, variant: str) -> str:
 
 def check_engine(path: Path) -> None:
     """Raises: BundleError `artifact-does-not-open` where the file does not begin as an engine of its size does."""
-    with path.open("rb") as file:
-        head = file.read(SIZE_AT + 8)
+    try:
+        with open_plain(path, follow=True) as file:
+            head = file.read(SIZE_AT + 8)
+    except OSError as problem:
+        raise errors.artifact_does_not_open(str(path), "TensorRT-RTX", f"it cannot be read: {problem}") from problem
     size = int.from_bytes(head[SIZE_AT:], "little")
     if head[:4] != MAGIC:
         raise errors.artifact_does_not_open(str(path), "TensorRT-RTX", f"it does not begin with {MAGIC.decode()}")

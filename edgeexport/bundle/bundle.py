@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
-from edgeexport.bundle.files import linked_part, unsafe_kind
 from edgeexport.bundle.manifest import FILE, Component, Manifest
+from edgeexport.plainfile import NotPlain, located, open_plain, read_all
 
 if TYPE_CHECKING:
     from edgeexport.session.chat import ChatTemplate
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 DECODER, EMBED = "decoder", "embed"
 TOKENIZER = "tokenizer/tokenizer.json"
 CHAT_TEMPLATE = "tokenizer/chat_template.jinja"
+MAX_TEMPLATE_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,8 @@ class Bundle:
 
         if self.manifest.preprocess is None:
             return None
-        place = self.path / self.manifest.preprocess
-        return preprocess.from_json(place.read_bytes(), place)
+        name = self.manifest.preprocess
+        return preprocess.from_json(self.read(name, preprocess.MAX_BYTES), self.path / name)
 
     def component(self, name: str) -> Component:
         """A component whose files are there. Raises bundle-no-component, bundle-file-missing, bundle-file-changed."""
@@ -74,17 +77,41 @@ class Bundle:
             self.check(file)
         return component
 
-    def check(self, file: str) -> None:
-        """Raises bundle-file-missing, bundle-unsafe-path, bundle-file-changed."""
-        check_size(self.path, file, self.manifest.files[file])
+    def open(self, name: str) -> FileIO:
+        """A file of the bundle: listed in the manifest, of the size that is listed, a plain file, and no link out of
+        the folder. Every reader of ours opens files here; runtimes, which open by path, get those of `component`.
+
+        Raises bundle-bad-manifest, bundle-file-missing, bundle-unsafe-path, bundle-file-changed.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise errors.bundle_bad_manifest(self.path / FILE, f"it does not list {name}")
+        return open_listed(self.path, name, entry)
+
+    def read(self, name: str, limit: int) -> bytes:
+        """All of a file, which may have `limit` bytes. Raises as `open` does."""
+        with self.open(name) as file:
+            size = self.manifest.files[name].size
+            if size > limit:
+                problem = f"it has {size} bytes, and none that is built has more than {limit}"
+                raise errors.bundle_file_changed(self.path, name, problem)
+            try:
+                return read_all(file)
+            except OSError as error:
+                problem = f"it cannot be read: {error.strerror}"
+                raise errors.bundle_file_changed(self.path, name, problem) from error
+
+    def check(self, name: str) -> None:
+        """Raises as `open` does."""
+        self.open(name).close()
 
     def tokenizer(self) -> Tokenizer:
         """Raises tokenizer-unusable."""
-        from edgeexport.session.tokenizer import Tokenizer
+        from edgeexport.session.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
 
         if TOKENIZER not in self.manifest.files:
             raise errors.tokenizer_unusable(self.path / TOKENIZER, "the manifest does not list it")
-        return Tokenizer.from_file(self.path / TOKENIZER)
+        return Tokenizer(self.read(TOKENIZER, MAX_TOKENIZER_BYTES), self.path / TOKENIZER)
 
     def chat_template(self) -> ChatTemplate:
         """Raises chat-template-missing, chat-template-failed."""
@@ -93,7 +120,7 @@ class Bundle:
         if CHAT_TEMPLATE not in self.manifest.files:
             raise errors.chat_template_missing(self.path)
         try:
-            source = (self.path / CHAT_TEMPLATE).read_text(encoding="utf-8")
+            source = self.read(CHAT_TEMPLATE, MAX_TEMPLATE_BYTES).decode("utf-8")
         except UnicodeDecodeError as error:
             raise errors.chat_template_failed(f"it is not UTF-8 text: {error}") from error
         return ChatTemplate(source, self.manifest.text.special_tokens if self.manifest.text is not None else {})
@@ -111,34 +138,41 @@ def open_bundle(path: Path | str) -> Bundle:
     apart = {each.name for each in manifest.components} - {DECODER, EMBED}
     for name, entry in manifest.files.items():
         if not (name.startswith("golden/") or name.split(".")[0] in apart):
-            check_size(folder, name, entry)
+            open_listed(folder, name, entry).close()
     return Bundle(folder, manifest)
 
 
 def read_manifest(folder: Path) -> bytes:
     """The bytes of manifest.json. Raises bundle-not-found, bundle-bad-manifest, bundle-unsafe-path."""
-    place = folder / FILE
-    if not place.is_file():
-        raise errors.bundle_not_found(folder)
-    if place.is_symlink():
-        raise errors.bundle_unsafe_path(folder, FILE, "it is a symbolic link")
-    with place.open("rb") as file:
-        return file.read(manifests.MAX_BYTES + 1)
-
-
-def check_size(folder: Path, name: str, entry: manifests.FileEntry) -> None:
-    """Raises bundle-file-missing, bundle-unsafe-path, bundle-file-changed."""
-    linked = linked_part(folder, name)
-    if linked is not None:
-        raise errors.bundle_unsafe_path(folder, linked, "it is a symbolic link")
     try:
-        found = (folder / name).lstat()
+        with open_plain(located(folder, FILE)) as file:
+            return file.read(manifests.MAX_BYTES + 1)
+    except NotPlain as error:
+        raise errors.bundle_unsafe_path(folder, FILE, error.problem) from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise errors.bundle_not_found(folder) from error
+    except OSError as error:
+        raise errors.bundle_bad_manifest(folder / FILE, f"it cannot be read: {error.strerror}") from error
+
+
+def open_listed(folder: Path, name: str, entry: manifests.FileEntry) -> FileIO:
+    """The door to a bundle's files: the file `name`, open, that is what its entry promises, hash apart. Links are
+    followed into the cache of the Hugging Face hub alone (plainfile.py).
+
+    Raises bundle-file-missing, bundle-unsafe-path, bundle-file-changed.
+    """
+    try:
+        file = open_plain(located(folder, name))
+    except NotPlain as error:
+        refused = Path(error.filename)
+        part = refused.relative_to(folder).as_posix() if refused.is_relative_to(folder) else name
+        raise errors.bundle_unsafe_path(folder, part, error.problem) from error
     except (FileNotFoundError, NotADirectoryError) as error:
         raise errors.bundle_file_missing(folder, name) from error
-    kind = unsafe_kind(found.st_mode)
-    if kind is not None:
-        raise errors.bundle_unsafe_path(folder, name, kind)
-    if found.st_size != entry.size:
-        raise errors.bundle_file_changed(
-            folder, name, f"its size is {found.st_size} bytes, the manifest says {entry.size}"
-        )
+    except OSError as error:
+        raise errors.bundle_file_changed(folder, name, f"it cannot be read: {error.strerror}") from error
+    size = os.fstat(file.fileno()).st_size
+    if size != entry.size:
+        file.close()
+        raise errors.bundle_file_changed(folder, name, f"its size is {size} bytes, the manifest says {entry.size}")
+    return file

@@ -19,6 +19,7 @@ from edgeexport import errors, strict_json
 from edgeexport.bundle.bundle import Bundle, read_manifest
 from edgeexport.bundle.manifest import Sha256, Text
 from edgeexport.core import ParityResult, Verdict
+from edgeexport.plainfile import read_plain
 
 SCHEMA: Final = "edgeexport.device-parity/1"
 MAX_BYTES = 1 << 20
@@ -89,12 +90,9 @@ JUDGED = {"L4": "max_abs", "L5": "kl"}
 def read(path: Path) -> DeviceReport:
     """Raises parity-report-bad."""
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        data = read_plain(path, MAX_BYTES, follow=True)
     except OSError as error:
         raise errors.parity_report_bad(path, f"it cannot be read: {error.strerror}") from error
-    if len(data) > MAX_BYTES:
-        raise errors.parity_report_bad(path, f"it has more than {MAX_BYTES} bytes")
     try:
         report = msgspec.convert(strict_json.parse(data), DeviceReport)
         datetime.fromisoformat(report.date)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edgeexport import errors
 from edgeexport.bundle import conformance
 from edgeexport.bundle.manifest import Gates, GoldenMedium
+from edgeexport.session import media as media_files
 from edgeexport.session.audio import read_wav
 from edgeexport.session.image_file import read_image
 
@@ -62,13 +63,13 @@ def replay(bundle: Bundle, threads: int | None = None) -> Comparison:
     if golden.file is None:
         raise errors.golden_unusable(bundle.path, golden.not_run)
     if golden.chat is not None:
-        bundle.check(golden.chat)
-        conformance.check_chat((bundle.path / golden.chat).read_bytes(), bundle.chat_template(), bundle.tokenizer())
+        data = bundle.read(golden.chat, conformance.MAX_BYTES)
+        conformance.check_chat(data, bundle.chat_template(), bundle.tokenizer())
     found = []
     with bundle.session(threads) as session:
         for file, media in ((golden.file, ()), *((case.file, case.media) for case in golden.shown)):
             where = bundle.path / file
-            vectors = read_vectors(where)
+            vectors = read_vectors(bundle.read(file, MAX_BYTES), where)
             features = _encoded(session, bundle, media, vectors, where)
             found.append(compare(answered_logits(session, vectors, where, features), vectors, golden.gates, where))
     worst = max(found, key=lambda comparison: comparison.value)
@@ -76,35 +77,32 @@ def replay(bundle: Bundle, threads: int | None = None) -> Comparison:
 
 
 def _encoded(
-    session: Session, bundle: Bundle, media: Sequence[GoldenMedium], vectors: Vectors, where: Path
+    session: Session, bundle: Bundle, shown: Sequence[GoldenMedium], vectors: Vectors, where: Path
 ) -> list[Features]:
     """What the bundle's own encoders make of the pictures and sounds, from the files on; checked half-way.
 
     Raises golden-mismatch.
     """
     inputs = session.inputs
-    if inputs is None or not media:
+    if inputs is None or not shown:
         return []
     given = []
-    for medium in media:
-        bundle.check(medium.file)
-        path = bundle.path / medium.file
+    for medium in shown:
+        data = bundle.read(medium.file, media_files.MAX_BYTES)
         image = medium.kind == "image"
-        given.append(inputs.prepare_image(read_image(path)) if image else inputs.prepare_audio(read_wav(path)))
+        given.append(inputs.prepare_image(read_image(data)) if image else inputs.prepare_audio(read_wav(data)))
     conformance.check_prepared(vectors.prepared, conformance.prepared(inputs.contract, vectors.prompt, given), where)
     return [inputs.encode(each) for each in given]
 
 
-def read_vectors(path: Path) -> Vectors:
-    """Raises golden-unusable."""
+def read_vectors(data: bytes, path: Path) -> Vectors:
+    """The vectors in the bytes of the file `path`. Raises golden-unusable."""
     import safetensors
     import safetensors.numpy
 
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise errors.golden_unusable(path, f"the file is larger than {MAX_BYTES} bytes")
-        tensors = safetensors.numpy.load(path.read_bytes())
-    except (OSError, safetensors.SafetensorError, KeyError, ValueError) as error:
+        tensors = safetensors.numpy.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise errors.golden_unusable(path, f"it cannot be read: {error}") from error
     prefill = _tensor(tensors, "prefill", np.dtype(np.int64), 1, path)
     tokens = _tensor(tensors, "tokens", np.dtype(np.int64), 1, path)

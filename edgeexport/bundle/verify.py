@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import hashlib
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
-from edgeexport.bundle.bundle import Bundle, check_size, read_manifest
-from edgeexport.bundle.files import sha256_of, unsafe_kind, walk
+from edgeexport.bundle.bundle import Bundle, open_listed, read_manifest
+from edgeexport.bundle.files import is_companion, sha256_of_open, walk
 from edgeexport.bundle.golden import Comparison, replay
 from edgeexport.bundle.manifest import DIGEST_FILE, FILE, FileEntry, Manifest
 from edgeexport.core import Finding, Progress, Verdict, no_progress
+from edgeexport.plainfile import NotPlain, located, unsafe_kind
 
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What was found. `golden` is NOT_RUN with its reason in `note` when the vectors were not replayed; when they were,
-    `note` says what replayed them where it is not the runtime that the bundle is for."""
+    """What was found: `findings` are what is wrong, `remarks` what was not checked and need not be. `golden` is NOT_RUN
+    with its reason in `note` when the vectors were not replayed; when they were, `note` says what replayed them where
+    it is not the runtime that the bundle is for."""
 
     findings: tuple[Finding, ...]
     files: int
@@ -27,6 +30,7 @@ class VerifyReport:
     golden: Verdict
     note: str
     comparison: Comparison | None = None
+    remarks: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -51,11 +55,13 @@ def verify(
     folder = Path(folder)
     data = read_manifest(folder)
     manifest = manifests.from_json(data, folder / FILE)
-    findings = _manifest_findings(folder, data) + _file_findings(folder, manifest, progress)
+    seen = _manifest_findings(folder, data) + _file_findings(folder, manifest, progress)
+    findings = [each for each in seen if each.severity == "error"]
+    remarks = tuple(each for each in seen if each.severity != "error")
     total = sum(entry.size for entry in manifest.files.values())
 
     def report(verdict: Verdict, note: str, comparison: Comparison | None = None) -> VerifyReport:
-        return VerifyReport(tuple(findings), len(manifest.files), total, verdict, note, comparison)
+        return VerifyReport(tuple(findings), len(manifest.files), total, verdict, note, comparison, remarks)
 
     if findings:
         return report(Verdict.NOT_RUN, "the files are not those that were built")
@@ -94,20 +100,34 @@ def _file_findings(folder: Path, manifest: Manifest, progress: Progress) -> list
         findings += _one_file_findings(folder, name, entry, on_bytes)
     known = {FILE, DIGEST_FILE, *manifest.files}
     try:
-        unknown = [(name, unsafe_kind(its.st_mode)) for name, its in walk(folder) if name not in known]
+        unknown = [(name, _kind(folder, name, its.st_mode)) for name, its in walk(folder) if name not in known]
     except OSError as error:
         return [*findings, *errors.bundle_unsafe_path(folder, ".", f"a folder cannot be read: {error}").findings]
     for name, kind in unknown:
-        found = errors.bundle_unsafe_path(folder, name, kind) if kind else errors.bundle_file_unlisted(folder, name)
-        findings += found.findings
+        if kind is not None:
+            findings += errors.bundle_unsafe_path(folder, name, kind).findings
+        elif is_companion(name):
+            findings.append(errors.bundle_companion(folder, name))
+        else:
+            findings += errors.bundle_file_unlisted(folder, name).findings
     return findings
+
+
+def _kind(folder: Path, name: str, mode: int) -> str | None:
+    """What is wrong with the kind of an entry that is not listed, or None."""
+    if not stat.S_ISLNK(mode):
+        return unsafe_kind(mode)
+    try:
+        return unsafe_kind(located(folder, name).stat().st_mode)
+    except NotPlain as error:
+        return error.problem
 
 
 def _one_file_findings(folder: Path, name: str, entry: FileEntry, on_bytes: Callable[[int], None]) -> list[Finding]:
     try:
-        check_size(folder, name, entry)
-        if sha256_of(folder / name, on_bytes) != entry.sha256:
-            raise errors.bundle_file_changed(folder, name, "its sha256 is not the one in the manifest")
+        with open_listed(folder, name, entry) as file:
+            if sha256_of_open(file, on_bytes) != entry.sha256:
+                raise errors.bundle_file_changed(folder, name, "its sha256 is not the one in the manifest")
     except OSError as error:
         return list(errors.bundle_file_changed(folder, name, f"it cannot be read: {error.strerror}").findings)
     except errors.BundleError as error:

@@ -138,6 +138,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "name": "decoder.onnx",
         "problem": "its size is 10 bytes, the manifest says 12",
     },
+    "bundle_bad_weights": {
+        "where": Path("dist/smollm2/decoder.weights.json"),
+        "problem": "w is in '../secret.bin', which is no file of the component",
+    },
+    "bundle_companion": {"folder": Path("dist/smollm2"), "name": "README.md"},
     "bundle_file_unlisted": {"folder": Path("dist/smollm2"), "name": "notes.txt"},
     "bundle_unsafe_path": {"folder": Path("dist/smollm2"), "name": "decoder.onnx", "problem": "it is a symbolic link"},
     "bundle_no_component": {"folder": Path("dist/smollm2"), "name": "decoder", "known": ["vision"]},
