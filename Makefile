@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test fuzz lint golden android android-tools bench bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
+.PHONY: setup demo test fuzz lint golden damage android android-tools bench bench-first-token bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
 
 setup: $(STAMP)
 
@@ -73,6 +73,15 @@ golden: setup
 bench: setup
 	$(BIN)/edgeexport build smollm2-135m --target host-ort --quant int4-b32 -o dist
 	$(BIN)/edgeexport bench dist/smollm2-135m-host-ort --threads 2
+
+# How much later the first token of `run` comes for the child process that runs the artifact.
+bench-first-token: setup
+	$(BIN)/edgeexport build smollm2-135m --target host-ort --quant int4-b32 -o dist
+	$(BIN)/python benchmarks/first_token.py dist/smollm2-135m-host-ort
+
+# 100 damaged artifacts for each runtime, under manifests that fit: no process of ours dies (20 minutes).
+damage: setup
+	$(BIN)/python tests/damage.py 100
 
 # Memory and time of a 1.1B-parameter build (writes 2.2 GB).
 bench-1b: setup

@@ -11,7 +11,7 @@ import typer
 from typer import CallbackParam
 from typer.exceptions import TyperException
 
-from edgeexport import process
+from edgeexport import process, supervise
 from edgeexport.console import Console
 
 app = typer.Typer(
@@ -113,6 +113,26 @@ MaxRss = Annotated[
 ]
 Device = Annotated[Literal["cpu", "cuda"], typer.Option(help="Where it runs: cuda is an NVIDIA GPU.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; all cores by default.")]
+
+
+InProcess = Annotated[
+    bool,
+    typer.Option("--in-process", help="Run the artifact in this very process, for bundles that you trust."),
+]
+
+
+def _apart(context: typer.Context, bundle: Path, in_process: bool) -> None:
+    """Go on in a child process. Raises: BundleError `artifact-crashed`; typer.Exit with the child's exit code."""
+    if in_process or not context.obj.supervised:
+        return
+    try:
+        code = supervise.in_child()
+    except supervise.Died as died:
+        from edgeexport import errors
+
+        raise errors.artifact_crashed(bundle, died.signal) from died
+    if code is not None:
+        raise typer.Exit(code)
 
 
 def _show_version(context: typer.Context, value: bool) -> None:
@@ -288,6 +308,7 @@ def parity(
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(help="With --device cuda: what PyTorch computes in; float16 by default."),
     ] = None,
+    in_process: InProcess = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -298,6 +319,7 @@ def parity(
     of BUNDLE and those of the devices to another folder: BUNDLE stays as it is. With --device cuda, says how far the
     MODEL on a GPU, and BUNDLE's engine, are from the MODEL in float32.
     """
+    _apart(context, bundle, in_process)
     from edgeexport import cli_import, cli_show, errors, pipeline
 
     console: Console = context.obj
@@ -335,6 +357,7 @@ def verify(
     bundle: BundlePath,
     golden: Annotated[bool, typer.Option(help="Replay the golden vectors as well as checking every hash.")] = True,
     threads: Threads = None,
+    in_process: InProcess = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -343,6 +366,7 @@ def verify(
 
     Every byte against its hash, and what it computes against its golden vectors.
     """
+    _apart(context, bundle, in_process)
     from edgeexport import cli_show
 
     cli_show.verify(context.obj, bundle, golden=golden, threads=threads)
@@ -454,6 +478,7 @@ def run(
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token every time.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling, where the temperature is above 0.")] = 0,
     threads: Threads = None,
+    in_process: InProcess = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -462,6 +487,7 @@ def run(
 
     Ctrl-C ends an answer, Ctrl-D the chat.
     """
+    _apart(context, bundle, in_process)
     from edgeexport import cli_chat
 
     cli_chat.run(
@@ -489,6 +515,7 @@ def bench(
     decode_tokens: Annotated[int, typer.Option(min=1, help="Length of the answer.")] = 128,
     threads: Threads = None,
     device: Device = "cpu",
+    in_process: InProcess = False,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = 0,
@@ -497,6 +524,7 @@ def bench(
 
     Prefill and decode speed, time to the first token, memory, share of the memory-bandwidth roofline.
     """
+    _apart(context, bundle, in_process)
     from edgeexport import bench as benches
     from edgeexport import cli_show
 
@@ -547,16 +575,21 @@ def doctor(context: typer.Context, json: Json = False, quiet: Quiet = False, ver
 
 def main() -> None:
     """The console script."""
-    console = Console()
+    console = Console(supervised=True)
     process.own_streams()
     process.listen(console)
     code = execute(sys.argv[1:], console)
     process.listen_no_more()
+    supervise.done(code)
     sys.exit(code)
 
 
 def execute(arguments: Sequence[str], console: Console | None = None) -> int:
-    """Run one command line and return its exit code. Every failure ends here, as findings or as a bug of ours."""
+    """Run one command line and return its exit code. Every failure ends here, as findings or as a bug of ours.
+
+    With a `console` that is supervised, a command that runs artifacts returns twice: in the child that does its work,
+    and in the parent.
+    """
     console = console or Console()
     try:
         code = _execute(console, list(arguments) or ["--help"])

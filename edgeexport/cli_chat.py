@@ -226,7 +226,9 @@ class Conversation:
             return (0, self._features) if fresh or not shared else (shared, [])
         token = inputs.contract.image_token_id
         places = [i for i, each in enumerate(prompt) if each == token]
-        seen = 0
+        seen, wanted = 0, sum(len(picture.values) for picture in self._features)
+        if wanted > len(places):
+            raise errors.image_tokens_mismatch(len(places), wanted)
         for k, picture in enumerate(self._features):
             first, last = places[seen], places[seen + len(picture.values) - 1]
             if last >= shared:

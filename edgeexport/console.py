@@ -75,15 +75,19 @@ class Console:
     """One command's voice.
 
     With `as_json` only `json` writes to stdout, and it writes one document. With `quiet` narration is dropped;
-    findings are always shown. Colours and progress bars appear on a terminal only; NO_COLOR turns colours off.
+    findings are always shown. `supervised` says that a command may go on in a child process. Colours and progress bars
+    appear on a terminal only; NO_COLOR turns colours off.
     """
 
-    def __init__(self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0) -> None:
+    def __init__(
+        self, *, as_json: bool = False, quiet: bool = False, verbosity: int = 0, supervised: bool = False
+    ) -> None:
         self.as_json = as_json
         self.quiet = quiet
         self.verbosity = verbosity
         self.stop: BaseException | None = None
         """What a signal asked for; whoever answers it sets it back."""
+        self.supervised = supervised
         self._step_open = False
 
     # results: stdout

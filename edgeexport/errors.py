@@ -1856,6 +1856,33 @@ def artifact_does_not_open(path: str, runtime: str, problem: str) -> BundleError
     )
 
 
+def artifact_failed(path: str, runtime: str, problem: str) -> BundleError:
+    return BundleError(
+        _error(
+            "artifact-failed",
+            f"{runtime} failed while it ran the artifact",
+            path,
+            problem[:400],
+            "run `edgeexport verify` on the bundle; if it is intact, update the runtime to the version in its manifest",
+        )
+    )
+
+
+def artifact_crashed(path: Path, signal: str) -> BundleError:
+    """`signal` is the name of what ended the process, "" where it did not answer any more."""
+    memory = "; often that is the system, out of memory" if signal == "SIGKILL" else ""
+    return BundleError(
+        _error(
+            "artifact-crashed",
+            "the process that ran the artifact " + (f"died of {signal}" if signal else "did not answer any more"),
+            path,
+            f"runtimes trust what is in an artifact, and end by a damaged or hostile one{memory}",
+            "fetch the bundle again, or build it again; `--in-process` runs it without a process of its own, for a "
+            "debugger",
+        )
+    )
+
+
 # ML packages
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeexport import backends, errors, outputs, quant, threads
 from edgeexport.bench import peak_rss_of_all
-from edgeexport.bundle.artifacts import OpenArtifacts
+from edgeexport.bundle.artifacts import OpenArtifacts, read_signature
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
@@ -337,7 +337,7 @@ def climb(
             yield progress
 
     def signature_of(part: Built) -> Callable[[str], Mapping[str, Any]]:
-        return lambda variant: runner.read_signature(*part.files, variant)
+        return lambda variant: read_signature(*part.files, variant)
 
     vocab = job.family.geometry(job.checkpoint.config).vocab
     tokenizer = job.tokenizer

@@ -349,7 +349,7 @@ def stored_weights(
 def opened(artifact: Artifact, folder: Path, ending: str = ".onnx") -> OnnxDecoder:
     """The decoder's file of this ending, ready to step."""
     file = next(name for name in artifact.files if name.endswith(ending))
-    return OnnxDecoder(folder / file, artifact.state, threads=1, folder=folder)
+    return OnnxDecoder(folder / file, artifact, threads=1, folder=folder)
 
 
 def parsed(

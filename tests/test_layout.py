@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": BASE,
     "threads": set(),
     "plainfile": set(),
+    "supervise": set(),
     "packing": BASE | {"plainfile"},
     "tokenizer_json": set(),
     "text_tables": BASE | {"session.chat", "session.library", "tokenizer_json"},
@@ -42,10 +43,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "families.autoglm_phone.evaluate": {"bundle", "console", "session"},
     "canonical": BASE,
     "quant": BASE | {"packing", "checkpoint.packed", "checkpoint.weights"},
-    "backends": BASE | {"packing", "plainfile", "canonical.dialect", "tokenizer_json"},
+    "backends": BASE | {"packing", "plainfile", "canonical.dialect", "session.runner", "tokenizer_json"},
     "backends.litert_cache": {"checkpoint.digest", "paths"},
     "session": BASE | {"plainfile"},
-    "bundle": BASE | {"session", "backends", "paths", "plainfile"},
+    "bundle": BASE | {"session", "backends", "paths", "plainfile", "supervise"},
     "parity": BASE
     | {
         "memory",

@@ -28,10 +28,12 @@ class NnapiDecoder(LiteRtDecoder):
     goes over anew.
     """
 
-    def __init__(self, path: Path, state: tuple[tuple[str, str], ...], *, threads: int | None, exact: bool) -> None:
+    GROWS = False
+
+    def __init__(self, path: Path, component: Any, *, threads: int | None, exact: bool) -> None:
         self._held: dict[str, Array] = {}
-        self._slices = dict(state)
-        super().__init__(path, state, threads=threads, exact=exact)
+        self._slices = {str(past): str(added) for past, added in component.state}
+        super().__init__(path, component, threads=threads, exact=exact)
 
     def _new_cache(self, name: str, shape: tuple[int, ...]) -> Any:
         self._held[name] = np.zeros(shape, np.float32)
@@ -51,5 +53,4 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
-    state = tuple((pair[0], pair[1]) for pair in component.state)
-    return NnapiDecoder(folder / file_of(component, DECODE), state, threads=threads, exact=exact)
+    return NnapiDecoder(folder / file_of(component, DECODE), component, threads=threads, exact=exact)

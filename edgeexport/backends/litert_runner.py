@@ -6,11 +6,10 @@ import atexit
 import functools
 import mmap
 import os
-import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from edgeexport import errors
 from edgeexport.backends.litert_cache import weight_cache
 from edgeexport.backends.litert_names import COUNT, DECODE, STEP, canonical_name, canonical_spec, length_of, window_of
 from edgeexport.core import Array, TensorSpec
+from edgeexport.plainfile import open_plain
+from edgeexport.session.runner import refuse_other_signature
 
 IDENTIFIER = b"TFL3"
 """Bytes 4 to 8 of every file."""
@@ -44,6 +45,16 @@ class _Model:
         inputs = self._model.get_input_tensor_details(signature)
         outputs = self._model.get_output_tensor_details(signature)
         return _specs(inputs), _specs(outputs)
+
+    def refuse_other(self, path: Path, promised: Iterable[Any], state: tuple[tuple[str, str], ...] = ()) -> None:
+        """Raises: BundleError `artifact-does-not-open` where a signature is not as promised, or there is another."""
+        described = {str(each.name): each for each in promised}
+        lost = sorted(described.keys() - set(self.signatures))
+        if lost:
+            raise errors.artifact_does_not_open(str(path), "LiteRT", f"it has no signature {', '.join(lost)}")
+        for name, each in described.items():
+            refuse_other_signature(path, "LiteRT", each, self.specs(name), state)
+        self.signatures = [name for name in self.signatures if name in described]
 
     def buffer(self, signature: str, name: str, *, output: bool) -> Any:
         """Memory of the runtime for an input or output."""
@@ -107,8 +118,13 @@ class Call:
 class LiteRtDecoder:
     """One decoder at batch 1. Every buffer is allocated here, once."""
 
-    def __init__(self, path: Path, state: tuple[tuple[str, str], ...], *, threads: int | None, exact: bool) -> None:
+    GROWS = True
+    """Whether the runtime gives whole caches, in the place of those it was given."""
+
+    def __init__(self, path: Path, component: Any, *, threads: int | None, exact: bool) -> None:
         self._model = _Model(path, threads, exact=exact)
+        state = tuple((str(past), str(present)) for past, present in component.state)
+        self._model.refuse_other(path, component.signatures, state if self.GROWS else ())
         inputs, outputs = self._model.specs(DECODE)
         shapes = {spec.name: spec for spec in (*inputs, *outputs)}
         self.vocab = _sizes(shapes["logits"])[-1]
@@ -188,8 +204,9 @@ class LiteRtGraph:
     """One component without state. Where it has a signature for each of several lengths, its inputs are cut along
     their tokens; those of another free size are padded to the one that was built."""
 
-    def __init__(self, path: Path, signatures: list[str], *, threads: int | None, exact: bool) -> None:
+    def __init__(self, path: Path, component: Any, signatures: list[str], *, threads: int | None, exact: bool) -> None:
         self._model = _Model(path, threads, exact=exact)
+        self._model.refuse_other(path, [each for each in component.signatures if each.name in signatures])
         self._calls = {length_of(name): Call(self._model, name, {}) for name in signatures}
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -240,8 +257,7 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
 
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
-    state = tuple((pair[0], pair[1]) for pair in component.state)
-    return LiteRtDecoder(folder / file_of(component, DECODE), state, threads=threads, exact=exact)
+    return LiteRtDecoder(folder / file_of(component, DECODE), component, threads=threads, exact=exact)
 
 
 def open_graph(
@@ -252,7 +268,7 @@ def open_graph(
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     names = _signatures(component, variant)
-    return LiteRtGraph(folder / file_of(component, names[0]), names, threads=threads, exact=exact)
+    return LiteRtGraph(folder / file_of(component, names[0]), component, names, threads=threads, exact=exact)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
@@ -340,7 +356,7 @@ def _refuse_damaged(path: Path) -> None:
         raise errors.missing_package("ai-edge-litert", "tflite") from problem
     try:
         size = path.stat().st_size
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
+        with open_plain(path, follow=True) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as held:
             if held[4:8] != IDENTIFIER:
                 raise ValueError(f"it begins with {held[:8]!r}, not as a .tflite file")
             model = schema.Model.GetRootAs(held)
@@ -349,7 +365,7 @@ def _refuse_damaged(path: Path) -> None:
             del model, buffers
         if max(ends, default=0) > size:
             raise ValueError(f"its weights end at byte {max(ends)}, and it has {size}")
-    except (OSError, ValueError, struct.error, IndexError) as problem:
+    except Exception as problem:  # what flatbuffers' readers run into over a damaged file is of any kind
         raise errors.artifact_does_not_open(str(path), "LiteRT", str(problem)) from problem
 
 

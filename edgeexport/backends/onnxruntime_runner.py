@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from edgeexport import errors
 from edgeexport.core import Array, Dim, TensorSpec
+from edgeexport.session.runner import refuse_other_signature
 
 PROVIDERS = ["CPUExecutionProvider"]
 STEP = "step"
@@ -21,12 +22,12 @@ STEP = "step"
 class OnnxDecoder:
     """One decoder at batch 1. Every buffer is allocated here, once; `step` allocates only for a new T."""
 
-    def __init__(
-        self, model: Path | bytes, state: tuple[tuple[str, str], ...], *, threads: int | None, folder: Path
-    ) -> None:
+    def __init__(self, model: Path | bytes, component: Any, *, threads: int | None, folder: Path) -> None:
         import onnxruntime as ort
 
         self._session = _open_session(model, _options(model, threads, folder), folder)
+        state = tuple((str(past), str(present)) for past, present in component.state)
+        _refuse_other(self._session, component, "", folder, state)
         values = (*self._session.get_inputs(), *self._session.get_outputs())
         shapes = {value.name: value.shape for value in values}
         self.vocab = int(shapes["logits"][-1])
@@ -100,8 +101,9 @@ class OnnxDecoder:
 class OnnxGraph:
     """One artifact without state."""
 
-    def __init__(self, model: Path | bytes, *, threads: int | None, folder: Path) -> None:
+    def __init__(self, model: Path | bytes, component: Any, variant: str, *, threads: int | None, folder: Path) -> None:
         self._session = _open_session(model, _options(model, threads, folder), folder)
+        _refuse_other(self._session, component, variant, folder)
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -124,8 +126,7 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
     Raises: BundleError `artifact-does-not-open` with the runtime's message.
     """
     graph = folder / signature_file(component, "")
-    state = tuple((pair[0], pair[1]) for pair in component.state)
-    return OnnxDecoder(_exact(graph) if exact else graph, state, threads=threads, folder=folder)
+    return OnnxDecoder(_exact(graph) if exact else graph, component, threads=threads, folder=folder)
 
 
 def open_graph(
@@ -136,7 +137,7 @@ def open_graph(
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     graph = folder / signature_file(component, variant)
-    return OnnxGraph(_exact(graph) if exact else graph, threads=threads, folder=folder)
+    return OnnxGraph(_exact(graph) if exact else graph, component, variant, threads=threads, folder=folder)
 
 
 def signature_file(component: Any, variant: str) -> str:
@@ -180,12 +181,25 @@ def signature_of(graph: Path, folder: Path) -> dict[str, TensorSpec]:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     session = _open_session(graph, options, folder)
-    found = {}
-    for value in (*session.get_inputs(), *session.get_outputs()):
+    return {spec.name: spec for values in (session.get_inputs(), session.get_outputs()) for spec in _specs(values)}
+
+
+def _specs(values: Any) -> list[TensorSpec]:
+    found = []
+    for value in values:
         element = value.type.removeprefix("tensor(").removesuffix(")")
         shape = tuple(d if isinstance(d, int) else Dim(str(d), 0, 0) for d in value.shape)
-        found[value.name] = TensorSpec(value.name, NUMPY_NAMES.get(element, element), shape)
+        found.append(TensorSpec(value.name, NUMPY_NAMES.get(element, element), shape))
     return found
+
+
+def _refuse_other(
+    session: Any, component: Any, variant: str, folder: Path, state: tuple[tuple[str, str], ...] = ()
+) -> None:
+    """Raises: BundleError `artifact-does-not-open`."""
+    promised = next(each for each in component.signatures if each.name == (variant or STEP))
+    found = (_specs(session.get_inputs()), _specs(session.get_outputs()))
+    refuse_other_signature(folder, "onnxruntime", promised, found, state)
 
 
 def _options(model: Path | bytes, threads: int | None, folder: Path) -> Any:

@@ -33,8 +33,7 @@ def open_decoder(folder: Path, component: Any, *, threads: int | None = None, ex
     """The decoder's ONNX graph. `exact` computes in float32 with the same weights: rounding to float16 would hide a
     mistake of the lowering. Raises: BundleError `artifact-does-not-open`."""
     graph = folder / graph_file(component, "")
-    state = tuple((pair[0], pair[1]) for pair in component.state)
-    return OnnxDecoder(in_float32(graph) if exact else graph, state, threads=threads, folder=folder)
+    return OnnxDecoder(in_float32(graph) if exact else graph, component, threads=threads, folder=folder)
 
 
 def open_graph(
@@ -45,7 +44,7 @@ def open_graph(
     Raises: BundleError `artifact-does-not-open`, `bundle-no-variant`.
     """
     graph = folder / graph_file(component, variant)
-    return OnnxGraph(in_float32(graph) if exact else graph, threads=threads, folder=folder)
+    return OnnxGraph(in_float32(graph) if exact else graph, component, variant, threads=threads, folder=folder)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
@@ -80,8 +79,8 @@ def check_engine(path: Path) -> None:
     if head[:4] != MAGIC:
         raise errors.artifact_does_not_open(str(path), "TensorRT-RTX", f"it does not begin with {MAGIC.decode()}")
     if size != path.stat().st_size:
-        problem = f"it has {path.stat().st_size} bytes, and says that it has {size}"
-        raise errors.artifact_does_not_open(str(path), "TensorRT-RTX", problem)
+        told = f"it has {path.stat().st_size} bytes, and says that it has {size}"
+        raise errors.artifact_does_not_open(str(path), "TensorRT-RTX", told)
 
 
 def fits(shape: Sequence[Any], spec: TensorSpec) -> bool:

@@ -138,6 +138,12 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "name": "decoder.onnx",
         "problem": "its size is 10 bytes, the manifest says 12",
     },
+    "artifact_failed": {
+        "path": "dist/smollm2",
+        "runtime": "onnxruntime",
+        "problem": "InvalidArgument: Got invalid dimensions for input: position",
+    },
+    "artifact_crashed": {"path": Path("dist/smollm2"), "signal": "SIGSEGV"},
     "bundle_bad_weights": {
         "where": Path("dist/smollm2/decoder.weights.json"),
         "problem": "w is in '../secret.bin', which is no file of the component",
