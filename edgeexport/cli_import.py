@@ -3,62 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
-import msgspec
-from msgspec import Struct
-
-from edgeexport import errors, strict_json
+from edgeexport import errors
 from edgeexport.bundle import device_report, open_bundle
 from edgeexport.bundle.bundle import Bundle
-from edgeexport.core import ParityResult, Verdict
+from edgeexport.core import ParityResult
 from edgeexport.parity import report as reports
+from edgeexport.parity import report_file
 from edgeexport.parity.report import Extra
 
-REPORT, PAGE = "parity.json", "parity.html"
-MAX_BYTES = 64 << 20
-
-Number = float | Literal["NaN", "Infinity", "-Infinity"]
-
-
-class _Row(Struct):
-    component: str
-    level: Literal["L1", "L2", "L3", "L4", "L5"]
-    output: str
-    metrics: dict[str, int | Number]
-    gate: dict[str, int | Number]
-    verdict: Verdict
-    note: str
-
-
-class _Layer(Struct):
-    layer: str
-    max_abs: Number
-    rms_error: Number
-    rms: Number
-
-
-class _Weight(Struct):
-    tensor: str
-    format: str
-    snr_db: Number
-
-
-class _Report(Struct):
-    """What is read of a bundle's parity.json."""
-
-    schema: Literal["edgeexport.parity/1"]
-    results: list[_Row]
-    model: str = ""
-    target: str = ""
-    scheme: str = ""
-    limits: list[str] = []
-    drift: list[_Layer] = []
-    weights: list[_Weight] = []
-    sizes: dict[str, int | Number] = {}
+PAGE = "parity.html"
 
 
 def merge(folder: Path, files: Sequence[Path], out: Path) -> list[ParityResult]:
@@ -80,7 +36,7 @@ def merge(folder: Path, files: Sequence[Path], out: Path) -> list[ParityResult]:
     extra["devices"] = devices
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / REPORT).write_bytes(reports.write_json(results, extra))
+        (out / report_file.FILE).write_bytes(reports.write_json(results, extra))
         (out / PAGE).write_bytes(reports.write_html(results, extra))
     except OSError as error:
         raise errors.output_not_writable(out, str(error)) from error
@@ -89,30 +45,11 @@ def merge(folder: Path, files: Sequence[Path], out: Path) -> list[ParityResult]:
 
 def _read(bundle: Bundle) -> tuple[list[ParityResult], Extra]:
     """The bundle's own report, found to be the one that was built."""
-    place = bundle.path / REPORT
-    if REPORT not in bundle.manifest.files:
-        raise errors.bundle_file_missing(bundle.path, REPORT)
-    data = bundle.read(REPORT, MAX_BYTES)
-    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[REPORT].sha256:
-        raise errors.bundle_file_changed(bundle.path, REPORT, "its sha256 is not the one in the manifest")
-    try:
-        document = strict_json.parse(data)
-        checked = msgspec.convert(document, _Report)
-    except (ValueError, OverflowError) as error:
-        raise errors.parity_report_bad(place, str(error)) from error
-    known = Extra(
-        model=checked.model,
-        target=checked.target,
-        scheme=checked.scheme,
-        limits=[limit for limit in checked.limits if limit not in reports.LIMITS],
-        drift=[_numbers(row) for row in document.get("drift", ())],
-        weights=[_numbers(row) for row in document.get("weights", ())],
-        sizes=_numbers(document.get("sizes", {})),
-    )
-    return reports.read_results(document), known
-
-
-def _numbers(row: dict[str, Any]) -> dict[str, Any]:
-    """The strings that stand for NaN and infinity as numbers again."""
-    names = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-    return {key: names.get(value, value) if isinstance(value, str) else value for key, value in row.items()}
+    name = report_file.FILE
+    if name not in bundle.manifest.files:
+        raise errors.bundle_file_missing(bundle.path, name)
+    data = bundle.read(name, report_file.MAX_BYTES)
+    if hashlib.sha256(data).hexdigest() != bundle.manifest.files[name].sha256:
+        raise errors.bundle_file_changed(bundle.path, name, "its sha256 is not the one in the manifest")
+    report = report_file.read(data, bundle.path / name)
+    return report.rows(), report.extra()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from edgeexport.parity.examples import Shown
     from edgeexport.parity.ladder import Climb
 
-MAX_REPORT_BYTES = 64 << 20
-"""Of parity.json and smoothing.json, which are read whole."""
+MAX_SMOOTHING_BYTES = 64 << 20
 TEXT = "text"
 """The ladder's name for its prompt of text alone."""
 
@@ -52,12 +51,14 @@ def up_to_date(
         raise errors.output_exists(destination, f"it is this build's bundle, and damaged: {damage[0].what}")
     if damage:
         return None
-    from edgeexport.parity.report import read_results
+    from edgeexport.parity import report_file
 
-    report = json.loads(bundle.read("parity.json", MAX_REPORT_BYTES))
-    sizes = report["sizes"]
-    answers = list(report.get("answers", []))
-    return int(sizes["artifact_bytes"]), int(sizes["ideal_bytes"]), read_results(report), answers
+    report = report_file.read(bundle.read(report_file.FILE, report_file.MAX_BYTES), destination / report_file.FILE)
+    extra = report.extra()
+    sizes = [extra["sizes"].get(name, 0) for name in ("artifact_bytes", "ideal_bytes")]
+    if not all(math.isfinite(size) for size in sizes):
+        raise errors.parity_report_bad(destination / report_file.FILE, "a size is not finite")
+    return int(sizes[0]), int(sizes[1]), report.rows(), list(extra["answers"])
 
 
 def sizes(parts: Sequence[Built]) -> tuple[int, int]:
@@ -268,7 +269,7 @@ def _smoothing_of(bundle: Bundle, part: Built) -> Smoothing:
     if name not in bundle.manifest.files:
         return NOTHING
     try:
-        found = Smoothing.from_json(bundle.read(name, MAX_REPORT_BYTES))
+        found = Smoothing.from_json(bundle.read(name, MAX_SMOOTHING_BYTES))
         if not found.fit(part.shapes()):
             raise ValueError("it names weights that the model does not have, or of another shape")
     except (OSError, ValueError) as problem:

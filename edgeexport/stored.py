@@ -10,9 +10,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta, Struct
 
-from edgeexport import errors
-from edgeexport.backends import storage
-from edgeexport.bundle.manifest import strict_json
+from edgeexport import errors, strict_json
+from edgeexport.backends.storage import misplaced
 from edgeexport.core import Format, Shift, StoredWeight
 from edgeexport.quant.schemes import FLOAT8_CHANNEL, FORMATS, PALETTE4
 
@@ -62,8 +61,8 @@ def from_json(
     Raises: BundleError `bundle-bad-weights`.
     """
     try:
-        read = msgspec.convert(strict_json(data), dict[str, _Stored])
-    except (ValueError, RecursionError, OverflowError) as problem:  # msgspec's ValidationError is a ValueError
+        read = msgspec.convert(strict_json.parse(data), dict[str, _Stored])
+    except (ValueError, OverflowError) as problem:  # msgspec's ValidationError is a ValueError
         raise errors.bundle_bad_weights(where, str(problem)) from problem
     found = {name: _weight(each) for name, each in read.items()}
     for contradiction in _contradictions(found, files, shapes):
@@ -95,4 +94,4 @@ def _contradictions(
         elif weight.order and sorted(weight.order) != list(range(len(weight.shape))):
             yield f"{name} has its axes in no order: {list(weight.order)}"
         else:
-            yield from (f"{name}: {problem}" for problem in storage.misplaced(weight, files[weight.file]))
+            yield from (f"{name}: {problem}" for problem in misplaced(weight, files[weight.file]))

@@ -52,6 +52,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "memory",
         "units",
         "bundle.golden",
+        "bundle.manifest",
         "canonical.dialect",
         "canonical.streaming",
         "canonical.trace",

@@ -14,6 +14,7 @@ from edgeexport.backends.coreml_interpreter import OPS, STATE_OPS, Interpreter
 from edgeexport.backends.coreml_lints import unsafe
 from edgeexport.backends.coreml_mil import Malformed, type_of
 from edgeexport.backends.coreml_package import Package
+from edgeexport.backends.foreign import described, foreign
 from edgeexport.core import Array
 from edgeexport.plainfile import open_plain
 
@@ -28,6 +29,11 @@ def describe(path: Path) -> dict[str, Any]:
 
     Raises: BundleError `mlpackage-damaged`.
     """
+    with foreign(lambda problem: errors.mlpackage_damaged(path, problem)):
+        return _described(path)
+
+
+def _described(path: Path) -> dict[str, Any]:
     package = Package(path)
     files = {each.relative_to(path).as_posix(): each.stat().st_size for each in path.rglob("*") if each.is_file()}
     return {
@@ -73,10 +79,11 @@ def evaluate(path: Path, inputs: Path, function: str = "", out: Path | None = No
 
     Raises: UsageError `mlpackage-bad-input`, `output-not-writable`; BundleError as the interpreter does.
     """
-    program = Interpreter(path)
-    name = function or program.package.default_function
-    given = _arrays(path, inputs)
-    outputs = program.run(given, name=name)
+    with foreign(lambda problem: errors.mlpackage_damaged(path, problem)):
+        program = Interpreter(path)
+        name = function or program.package.default_function
+        given = _arrays(path, inputs)
+        outputs = program.run(given, name=name)
     if out is not None:
         try:
             with out.open("wb") as file:
@@ -97,7 +104,8 @@ def _arrays(package: Path, inputs: Path) -> dict[str, Array]:
         with open_plain(inputs, follow=True) as file, np.load(file, allow_pickle=False) as held:
             found = {name: held[name] for name in held.files}
     except Exception as problem:  # numpy's readers of .npz fail over a damaged one with whatever they run into
-        raise errors.mlpackage_bad_input(package, str(inputs), f"it cannot be read as .npz: {problem}") from problem
+        why = f"it cannot be read as .npz: {described(problem)}"
+        raise errors.mlpackage_bad_input(package, str(inputs), why) from problem
     return {name: array.astype(np.int32) if array.dtype.kind in "iu" else array for name, array in found.items()}
 
 

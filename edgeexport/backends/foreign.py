@@ -17,7 +17,7 @@ def foreign(failed: Callable[[str], errors.EdgeExportError]) -> Iterator[None]:
         yield
     except (errors.EdgeExportError, ImportError):
         raise
-    except Exception as problem:  # noqa: BLE001 - see above
+    except Exception as problem:
         raise failed(described(problem)) from problem
 
 

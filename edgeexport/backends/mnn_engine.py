@@ -19,8 +19,10 @@ from edgeexport import errors
 from edgeexport.backends.mnn_llm import WEIGHT_BYTES
 from edgeexport.backends.mnn_names import CONFIG, LLM_CONFIG, TOKENIZER
 from edgeexport.core import Array
+from edgeexport.plainfile import read_plain
 
 ENGINE = "MNN"
+LARGEST_CONFIG = 16 << 20
 EXACT = {"precision": "high", "memory": "high"}
 """float32 throughout: weights are widened when they are loaded, and activations are not rounded to int8."""
 FACTS = (
@@ -134,8 +136,8 @@ def open_module(
 def _read(folder: Path, name: str) -> dict[str, Any]:
     """A configuration file. Raises: BundleError `artifact-does-not-open`."""
     try:
-        found = json.loads((folder / name).read_text("utf-8"))
-    except (OSError, ValueError) as problem:
+        found = json.loads(read_plain(folder / name, LARGEST_CONFIG, follow=True))
+    except (OSError, ValueError, RecursionError) as problem:
         raise errors.artifact_does_not_open(str(folder / name), ENGINE, str(problem)) from problem
     if not isinstance(found, dict):
         raise errors.artifact_does_not_open(str(folder / name), ENGINE, "it is not a table of settings")

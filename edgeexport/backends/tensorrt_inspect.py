@@ -16,13 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from edgeexport import errors
+from edgeexport.backends.foreign import foreign
 from edgeexport.backends.tensorrt_engine import has_gpu
-from edgeexport.backends.tensorrt_runner import check_engine
+from edgeexport.backends.tensorrt_runner import LARGEST_DESCRIPTION, check_engine
+from edgeexport.plainfile import read_plain
 
 ONNX, ENGINE = ".onnx", ".engine"
 LARGEST_GRAPH = (1 << 31) - 1
 """Bytes of a protobuf message; of a graph that is to be reduced, with its weights, since each part of it is one."""
-LARGEST_DESCRIPTION = 4 << 20
 NO_GPU = "what is inside an engine is read on an NVIDIA GPU; its header alone has been checked"
 POLYGRAPHY = """
 import os, sys
@@ -43,6 +44,11 @@ def describe_onnx(path: Path) -> dict[str, Any]:
 
     Raises: BundleError `artifact-does-not-open`; ToolError `missing-package`.
     """
+    with foreign(lambda problem: errors.artifact_does_not_open(str(path), "ONNX", problem)):
+        return _described(path)
+
+
+def _described(path: Path) -> dict[str, Any]:
     model = _load(path)
     from polygraphy.backend.onnx import util
 
@@ -170,7 +176,12 @@ def _weight_files(path: Path, initializers: Sequence[Any]) -> dict[str, tuple[in
         if not given:
             continue
         name = given.get("location", "")
-        file = (folder / name).resolve()
+        try:
+            file = (folder / name).resolve()
+            file.is_file()
+        except (OSError, ValueError, RuntimeError) as problem:  # too long, a NUL, a loop of links
+            found[name] = (0, f"its name is none: {problem}"[:200])
+            continue
         if not file.is_relative_to(folder) or not name:
             found[name] = (0, "it is outside of the graph's folder")
         elif not file.is_file():
@@ -193,16 +204,11 @@ def _tensors(metadata: Any) -> list[dict[str, Any]]:
 
 def _description(beside: Path) -> dict[str, Any]:
     """Raises: BundleError `artifact-does-not-open` where it is no JSON object of a sane size."""
-    problem: Exception | str = f"it has {beside.stat().st_size} bytes, for a description"
-    if beside.stat().st_size <= LARGEST_DESCRIPTION:
-        try:
-            held = json.loads(beside.read_bytes())
-            if isinstance(held, dict):
-                return held
-            problem = "it holds no object"
-        except (ValueError, RecursionError) as found:
-            problem = found
-    raise errors.artifact_does_not_open(str(beside), "JSON", str(problem))
+    with foreign(lambda problem: errors.artifact_does_not_open(str(beside), "JSON", problem)):
+        held = json.loads(read_plain(beside, LARGEST_DESCRIPTION, follow=True))
+        if not isinstance(held, dict):
+            raise ValueError("it holds no object")
+        return held
 
 
 def _installed() -> None:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from edgeexport import errors
+from edgeexport.backends.foreign import foreign
 from edgeexport.backends.onnxruntime_runner import OnnxDecoder, OnnxGraph, signature_file, signature_of
 from edgeexport.core import Dim, StandIn, TensorSpec
-from edgeexport.plainfile import open_plain
+from edgeexport.plainfile import open_plain, read_plain
 
 RUNTIME = "computed in ONNX Runtime from the graph that the engine is built from, not by the engine"
 STAND_IN = StandIn(
@@ -23,6 +24,8 @@ STAND_IN = StandIn(
 )
 MAGIC, SIZE_AT = b"vtrt", 16
 """What an engine of TensorRT-RTX begins with, and where its size stands, as a u64."""
+LARGEST_DESCRIPTION = 4 << 20
+"""Bytes of what a build writes beside an engine."""
 FREE = -1
 """A size that a network finds out when it runs."""
 TENSORRT_NAMES = {"half": "float16", "float": "float32"}
@@ -128,13 +131,14 @@ def _engines(component: Any, graph: str) -> list[str]:
 
 def _check_interface(folder: Path, engine: str, graph: dict[str, TensorSpec]) -> None:
     """Raises: BundleError `artifact-does-not-open` where the network said other names, dtypes or sizes of itself."""
-    described = json.loads((folder / f"{engine}.json").read_bytes())
-    values = {each["name"]: each for each in (*described["inputs"], *described["outputs"])}
-    wrong = sorted(values.keys() ^ graph.keys())
-    for name in values.keys() & graph.keys():
-        dtype = TENSORRT_NAMES.get(values[name]["dtype"], values[name]["dtype"])
-        if dtype != graph[name].dtype or not fits(values[name]["shape"], graph[name]):
-            wrong.append(name)
+    with foreign(lambda problem: errors.artifact_does_not_open(str(folder / f"{engine}.json"), "JSON", problem)):
+        described = json.loads(read_plain(folder / f"{engine}.json", LARGEST_DESCRIPTION, follow=True))
+        values = {each["name"]: each for each in (*described["inputs"], *described["outputs"])}
+        wrong = sorted(values.keys() ^ graph.keys())
+        for name in values.keys() & graph.keys():
+            dtype = TENSORRT_NAMES.get(values[name]["dtype"], values[name]["dtype"])
+            if dtype != graph[name].dtype or not fits(values[name]["shape"], graph[name]):
+                wrong.append(name)
     if wrong:
         problem = f"its interface is not the graph's: {', '.join(wrong)}"
         raise errors.artifact_does_not_open(str(folder / engine), "TensorRT-RTX", problem)

@@ -5,13 +5,14 @@ Runtimes are of others, and say what is wrong with an artifact in exceptions of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from edgeexport import backends, errors, supervise
+from edgeexport.backends.foreign import described, foreign
 from edgeexport.core import Array, TensorSpec
 from edgeexport.session.runner import DecoderRunner, GraphRunner
 
@@ -82,8 +83,10 @@ class _Decoder:
         supervise.begin_call(self._size, len(fed))
         try:
             return self._runner.step(fed, position, rope)
+        except (errors.EdgeExportError, ImportError):  # as `foreign` does, which costs more than a token may
+            raise
         except Exception as problem:
-            raise _ours(self._folder, self._component, errors.artifact_failed, problem) from problem
+            raise errors.artifact_failed(str(self._folder), self._component.backend, described(problem)) from problem
         finally:
             self.runtime_seconds = self._runner.runtime_seconds
             supervise.end()
@@ -92,22 +95,10 @@ class _Decoder:
         self._runner.close()
 
 
-@contextmanager
-def _translated(folder: Path, component: Any, error: Callable[[str, str, str], errors.BundleError]) -> Iterator[None]:
-    try:
-        yield
-    except Exception as problem:
-        raise _ours(folder, component, error, problem) from problem
-
-
-def _ours(
-    folder: Path, component: Any, error: Callable[[str, str, str], errors.BundleError], problem: Exception
-) -> Exception:
-    """The exception itself where it is ours, or says which package is missing; else what says that an artifact is
-    bad."""
-    if isinstance(problem, errors.EdgeExportError | ImportError):
-        return problem
-    return error(str(folder), component.backend, f"{type(problem).__name__}: {problem}")
+def _translated(
+    folder: Path, component: Any, error: Callable[[str, str, str], errors.BundleError]
+) -> AbstractContextManager[None]:
+    return foreign(lambda problem: error(str(folder), component.backend, problem))
 
 
 def _size(folder: Path, component: Any) -> int:

@@ -10,7 +10,9 @@ from typing import Any
 
 WIDTH, HEIGHT = 760, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
-_LAYER = re.compile(r"\.(\d+)\.")
+MOST_DB = 10_000.0
+"""Of no tensor: float64 itself has 6,000 from its largest number to its least."""
+_LAYER = re.compile(r"\.(\d{1,4})\.")
 
 
 @dataclass(frozen=True)
@@ -68,14 +70,15 @@ def drift_chart(drift: Sequence[Mapping[str, Any]]) -> Chart | None:
     broken: list[str] = []
     for index, row in enumerate(drift):
         error, spread, scale = (float(row[name]) for name in ("max_abs", "rms_error", "rms"))
-        if not (math.isfinite(error) and math.isfinite(spread) and math.isfinite(scale)):
+        if not (math.isfinite(error) and math.isfinite(spread) and math.isfinite(scale)) or error < 0:
             broken.append(str(row["layer"]))
         elif error == 0:
             exact.append(str(row["layer"]))
         else:
             lines["max abs error"].append((index, error))
-            if scale > 0:
-                lines["RMS of the error over the state's"].append((index, spread / scale))
+            share = spread / scale if scale > 0 else 0.0
+            if 0 < share < math.inf:
+                lines["RMS of the error over the state's"].append((index, share))
     values = [value for points in lines.values() for _, value in points]
     note = "; ".join(
         [f"no difference at all: {', '.join(exact)}"] * bool(exact)
@@ -116,7 +119,7 @@ def snr_chart(weights: Sequence[Mapping[str, Any]]) -> Chart | None:
         snr, name = float(row["snr_db"]), str(row["tensor"])
         if snr == math.inf:
             exact += 1
-        elif not math.isfinite(snr):
+        elif not abs(snr) < MOST_DB:
             broken.append(name)
         else:
             match = _LAYER.search(name)

@@ -82,27 +82,6 @@ def write_json(results: Sequence[ParityResult], extra: Extra) -> bytes:
     return (json.dumps(_plain(document), sort_keys=True, indent=2, allow_nan=False) + "\n").encode("ascii")
 
 
-def read_results(document: Mapping[str, Any]) -> list[ParityResult]:
-    """The rows of a parity.json by `write_json`; the strings that stand for NaN and infinity are numbers again."""
-
-    def numbers(values: Mapping[str, Any]) -> dict[str, float | int]:
-        return {name: float(value) if isinstance(value, str) else value for name, value in values.items()}
-
-    return [
-        ParityResult(
-            row["component"],
-            row["level"],
-            row["output"],
-            numbers(row["metrics"]),
-            numbers(row["gate"]),
-            Verdict(row["verdict"]),
-            row["note"],
-            row.get("stand_in", False),
-        )
-        for row in document["results"]
-    ]
-
-
 def write_html(results: Sequence[ParityResult], extra: Extra) -> bytes:
     """parity.html: one page without scripts and without anything from outside, light and dark."""
     from jinja2 import Environment, StrictUndefined
@@ -126,7 +105,7 @@ def write_html(results: Sequence[ParityResult], extra: Extra) -> bytes:
         limits=_limits(extra),
         devices=extra.get("devices", ()),
     )
-    return page.encode("utf-8")
+    return page.encode("utf-8", "replace")  # half of a surrogate pair in a foreign text is no character
 
 
 def _limits(extra: Extra) -> list[str]:

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from edgeexport import errors
-from edgeexport.bundle.manifest import strict_json
+from edgeexport import errors, strict_json
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.parity.report import LIMITS, Extra
 
@@ -100,8 +99,8 @@ class Report(Struct, frozen=True):
 def read(data: bytes, where: object) -> Report:
     """The report in these bytes. Raises: BundleError `parity-report-bad`."""
     try:
-        return msgspec.convert(strict_json(data), Report)
-    except (ValueError, RecursionError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
+        return msgspec.convert(strict_json.parse(data), Report)
+    except (ValueError, OverflowError) as error:  # msgspec's ValidationError is a ValueError
         raise errors.parity_report_bad(where, str(error)[:400]) from error
 
 
