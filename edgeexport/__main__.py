@@ -11,9 +11,9 @@ def main() -> None:
     nothing to clean up, and a traceback out of an import says nothing."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, _: os._exit(128 + number))
-    from edgeexport import cli
+    from edgeexport import cli_edge
 
-    cli.main()
+    cli_edge.main()
 
 
 if __name__ == "__main__":

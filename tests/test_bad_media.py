@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgeexport import build, errors, families, open_bundle
 from edgeexport.bundle import Bundle
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.session.audio import AudioContract, Sound, heard, resample
 from edgeexport.session.image_contract import contract_from_processor
 from edgeexport.session.image_file import Image as Picture

@@ -16,7 +16,8 @@ import pytest
 
 import edgeexport
 from edgeexport import cli_chat, doctor, errors
-from edgeexport.cli import app, execute
+from edgeexport.cli import app
+from edgeexport.cli_edge import execute
 from edgeexport.console import Console
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.session.session import Session

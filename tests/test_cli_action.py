@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from edgeexport import cli_chat
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.core import Array
 from edgeexport.session.draw import DARK_RED, RED
 from edgeexport.session.image_contract import PatchContract

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from mlpackages import builder, program, saved
 
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 
 pytest.importorskip("coremltools")
 

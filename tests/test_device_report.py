@@ -22,7 +22,7 @@ from edgeexport import cli_import, errors
 from edgeexport.bundle import device_report
 from edgeexport.bundle.verify import verify
 from edgeexport.bundle.writer import BundleWriter
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.core import Verdict
 from edgeexport.parity.report import MEASURED, write_html, write_json
 

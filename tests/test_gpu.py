@@ -13,7 +13,7 @@ from graphs import TOKENS, oracle, reference_logits, write_checkpoint
 from edgeexport import build, cli_gpu, families
 from edgeexport.backends.tensorrt_device import Step
 from edgeexport.checkpoint import WeightReader, open_checkpoint
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.core import Array
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch finds no NVIDIA GPU")

@@ -76,7 +76,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 quant reads the weights it quantises; bundle finds a backend's runner by name; a family states its pictures' contract
 in the session's words, and parity proves the session's own way into the model. autoglm_phone is trained and judged
 here, so its programs read towers, media and bundles. `pipeline` with its parts and the command line see all."""
-SEES_ALL = {"pipeline", "steps", "choosing", "job", "shipping", "cli", "cli_show", "cli_chat", "cli_gpu", "cli_import"}
+SEES_ALL = {
+    "pipeline", "steps", "choosing", "job", "shipping", "cli", "cli_edge", "cli_show", "cli_chat", "cli_gpu", "cli_import",
+}  # fmt: skip
 
 BUILD_ROOMS = {
     "backends.coreml_lowering",
@@ -181,9 +183,9 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import edgeexport",
-        "from edgeexport.cli import execute; assert execute(['--help']) == 0",
-        "from edgeexport.cli import execute; assert execute(['build', '--help']) == 0",
-        "from edgeexport.cli import execute; assert execute(['--version']) == 0",
+        "from edgeexport.cli_edge import execute; assert execute(['--help']) == 0",
+        "from edgeexport.cli_edge import execute; assert execute(['build', '--help']) == 0",
+        "from edgeexport.cli_edge import execute; assert execute(['--version']) == 0",
     ],
     ids=["import", "help", "command-help", "version"],
 )
@@ -194,7 +196,7 @@ def test_asking_for_help_loads_nothing_heavy(code: str) -> None:
 
 @pytest.mark.parametrize("command", [["targets"], ["ops"]], ids=lambda command: command[0])
 def test_lists_need_no_sdk(command: list[str]) -> None:
-    code = f"from edgeexport.cli import execute; assert execute({command}) == 0"
+    code = f"from edgeexport.cli_edge import execute; assert execute({command}) == 0"
     assert loaded_by(code) & {*HEAVY, "onnxruntime"} == set()
 
 

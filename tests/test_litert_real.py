@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from edgeexport import open_bundle, targets
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.parity.examples import TEXTS
 
 pytestmark = pytest.mark.real

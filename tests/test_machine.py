@@ -24,7 +24,8 @@ import typer
 import typer.core
 
 from edgeexport import console, doctor, errors, outputs, steps
-from edgeexport.cli import app, execute
+from edgeexport.cli import app
+from edgeexport.cli_edge import execute
 from edgeexport.core import QUOTED, Finding
 
 PATIENCE = 120
@@ -62,7 +63,7 @@ COMMANDS = {" ".join(words): called(words, command) for words, command in comman
 STREAMS = """
 import json, os, sys
 out, arguments = sys.argv[1], sys.argv[2:]
-from edgeexport import bundle, cli, cli_show  # once for all
+from edgeexport import bundle, cli_edge, cli_show  # once for all
 pipe_read, pipe_write = os.pipe()
 os.close(pipe_read)
 full = os.open("/dev/full", os.O_WRONLY)
@@ -82,7 +83,7 @@ for name, state in STATES.items():
             else:
                 os.dup2(place, descriptor)
         sys.argv = ["edgeexport", *arguments]
-        cli.main()
+        cli_edge.main()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     with open(f"{out}/{name}.code", "w") as file:
         file.write(str(code))
@@ -160,7 +161,7 @@ WORK = (
 import os, signal, sys, time, types
 from pathlib import Path
 import edgeexport
-from edgeexport import cli
+from edgeexport import cli_edge
 from edgeexport.bundle.cache import Cache
 how, number, root = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 def export(model, out, *, console, **_):
@@ -180,7 +181,7 @@ def export(model, out, *, console, **_):
     raise AssertionError("it went on")
 edgeexport.pipeline = sys.modules["edgeexport.pipeline"] = types.SimpleNamespace(export=export)
 sys.argv[1:] = ["export", "m", "-o", root]
-cli.main()
+cli_edge.main()
 """
 )
 

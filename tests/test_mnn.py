@@ -396,7 +396,7 @@ def test_a_build_opens_no_connection(tmp_path: Path) -> None:
     def run(code: str) -> int:
         return subprocess.run([sys.executable, "-c", WITHOUT_INTERNET + code], check=False).returncode
 
-    assert run(f"from edgeexport.cli import execute; raise SystemExit(execute({build!r}))") == 0
+    assert run(f"from edgeexport.cli_edge import execute; raise SystemExit(execute({build!r}))") == 0
     assert (tmp_path / "out" / "model-android-mnn" / "decoder.mnn").exists()
     assert run("import socket; socket.socket(socket.AF_INET)") == -signal.SIGSYS
     ask = [sys.executable, "-c", "import socket; socket.socket(socket.AF_INET6)"]

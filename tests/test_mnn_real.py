@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 
 pytestmark = pytest.mark.real
 ASK = """

@@ -213,7 +213,7 @@ def test_a_killed_build_leaves_no_half_bundle_and_the_next_one_succeeds(
         "import sys, time, pathlib\n"
         f"def hold(*a, **k): pathlib.Path({str(ready)!r}).touch(); time.sleep(600)\n"
         f"{stops[moment]}\n"
-        "from edgeexport.cli import execute\n"
+        "from edgeexport.cli_edge import execute\n"
         "sys.exit(execute(sys.argv[1:]))\n"
     )
     command = ["build", str(checkpoints["glm4"]), "--target", "host-ort", "-o", str(tmp_path / "out"), "--parity", "L1"]

@@ -153,7 +153,7 @@ def test_the_parent_has_imported_nothing_when_it_forks(line: list[str]) -> None:
     work = f"""
 import sys
 from edgeexport import supervise
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 from edgeexport.console import Console
 supervise.in_child = lambda: print([each for each in {HEAVY} if each in sys.modules]) or 0
 sys.exit(execute({line}, Console(supervised=True)))
@@ -171,7 +171,7 @@ def bundles(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 CRASHING = """
 import ctypes, sys
 from edgeexport import backends
-from edgeexport.cli import main
+from edgeexport.cli_edge import main
 class Runner:
     @staticmethod
     def open_decoder(*_, **__):

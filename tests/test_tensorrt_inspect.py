@@ -16,7 +16,7 @@ from test_tensorrt import compiled, graphs_of
 
 from edgeexport import errors
 from edgeexport.backends import tensorrt_inspect
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 
 CHECK = """
 import sys, onnx

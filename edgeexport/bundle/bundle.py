@@ -107,7 +107,8 @@ class Bundle:
 
     def tokenizer(self) -> Tokenizer:
         """Raises tokenizer-unusable."""
-        from edgeexport.session.tokenizer import MAX_TOKENIZER_BYTES, Tokenizer
+        from edgeexport.session.library import MAX_TOKENIZER_BYTES
+        from edgeexport.session.tokenizer import Tokenizer
 
         if TOKENIZER not in self.manifest.files:
             raise errors.tokenizer_unusable(self.path / TOKENIZER, "the manifest does not list it")
