@@ -17,7 +17,7 @@ BASE = {"core", "errors", "limits", "strict_json", "threads"}
 
 MAY_IMPORT: dict[str, set[str]] = {
     "__init__": {"bundle", "pipeline"},
-    "__main__": {"cli"},
+    "__main__": {"cli_edge"},
     "core": set(),
     "errors": {"core"},
     "limits": set(),
