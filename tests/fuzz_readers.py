@@ -25,7 +25,7 @@ from graphs import PROCESSOR, write_checkpoint
 from mutation import mutated_bytes, mutated_json
 
 from edgeexport import families, strict_json, targets
-from edgeexport.bundle import device_report, golden
+from edgeexport.bundle import conformance, device_report, golden
 from edgeexport.bundle import manifest as manifests
 from edgeexport.checkpoint import gguf, open_checkpoint, safetensors
 from edgeexport.checkpoint.files import parse_object
@@ -44,6 +44,7 @@ from edgeexport.session.audio import log_mel
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.image_contract import contract_from_processor
 from edgeexport.session.image_file import read_image
+from edgeexport.session.tokenizer import Tokenizer
 from edgeexport.session.wav import read_wav
 
 Build = Callable[[Path], Sequence[Any]]
@@ -263,6 +264,19 @@ def read_vectors(data: bytes, folder: Path) -> None:
     golden.read_vectors(folder / "golden.safetensors")
 
 
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+
+
+def turns(folder: Path) -> list[Any]:
+    tokenizer = Tokenizer((tiny(folder) / "tokenizer.json").read_bytes())
+    return [msgspec.to_builtins(conformance.chat_turns(ChatTemplate(CHAT, {}), tokenizer, pictures=False))]
+
+
+def read_turns(data: bytes, folder: Path) -> None:
+    tokenizer = Tokenizer((folder / "llama" / "tokenizer.json").read_bytes())
+    conformance.check_chat(data, ChatTemplate(CHAT, {}), tokenizer)
+
+
 def contracts(_: Path) -> list[Any]:
     audio = {
         "kind": "whisper-log-mel", "sample_rate": 16_000, "n_fft": 400, "hop_length": 160, "n_mels": 80, "seconds": 1.0,
@@ -402,6 +416,7 @@ READERS: tuple[Reader, ...] = (
     Reader("preprocess", contracts, read_contract, 20),
     Reader("device report", reports, read_report, 40),
     Reader("golden vectors", vectors, read_vectors, 40),
+    Reader("golden chat", turns, read_turns, 20),
     Reader("plan of formats", plans, read_plan, 40),
     Reader("smoothing", folds, read_folds, 40),
     Reader("target", lambda _: [TOML], read_target, 40),

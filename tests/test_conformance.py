@@ -69,7 +69,10 @@ def test_chat_that_is_unchanged_passes_and_another_does_not(tokenizer_json: byte
         conformance.check_chat(msgspec.json.encode(turns), ChatTemplate(GLM + " ", {}), tokenizer)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b'[{"messages": 1}]', b"\xff", b"[" * 100_000])
+MANY = b"[" + b",".join([b'{"messages": [{"a": 1}], "text": "", "tokens": []}'] * 101) + b"]"
+
+
+@pytest.mark.parametrize("data", [b"", b"{}", b'[{"messages": 1}]', b"\xff", b"[" * 100_000, MANY])
 def test_damaged_chat_is_a_typed_error(data: bytes, tokenizer_json: bytes) -> None:
     with pytest.raises(errors.BundleError, match="golden-unusable"):
         conformance.check_chat(data, ChatTemplate(GLM, {}), Tokenizer(tokenizer_json))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 CHAT = "golden/chat.json"
 MAX_BYTES = 1 << 24
+MAX_TURNS = 100
+"""Conversations of golden/chat.json; a build writes five at most."""
 SAMPLED_ROWS = 32
 TOLERANCE = 1e-4
 """Largest difference of a prepared number; one step of an 8-bit colour is 0.015."""
@@ -71,8 +73,10 @@ def check_chat(data: bytes, template: ChatTemplate, tokenizer: Tokenizer) -> Non
         raise errors.golden_unusable(CHAT, f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
         turns = msgspec.json.decode(data, type=list[Turn])
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise errors.golden_unusable(CHAT, str(error)) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.golden_unusable(CHAT, str(error)[:400]) from error
+    if len(turns) > MAX_TURNS:
+        raise errors.golden_unusable(CHAT, f"it has {len(turns)} conversations, more than {MAX_TURNS}")
     for i, turn in enumerate(turns):
         text = template.render(turn.messages)
         if text != turn.text or tokenizer.encode(text, add_special_tokens=False) != turn.tokens:

@@ -51,5 +51,5 @@ def from_json(data: bytes, where: object = FILE) -> Preprocess:
         raise errors.bundle_bad_preprocess(where, f"it has {len(data)} bytes, more than {MAX_BYTES}")
     try:
         return msgspec.json.decode(data, type=Preprocess)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise errors.bundle_bad_preprocess(where, str(error)) from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise errors.bundle_bad_preprocess(where, str(error)[:400]) from error
