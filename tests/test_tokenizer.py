@@ -427,7 +427,12 @@ def test_work_and_output_of_a_template_are_bounded(source: str) -> None:
 
 
 def test_after_a_template_that_its_process_did_not_survive_the_next_one_renders() -> None:
-    for bomb in ("{{1}}" * 800_000, "{% for a in range(99999) %}{{ messages | string | upper | length }}{% endfor %}"):
+    memory = "{{ ('a' * 2000000).translate({97: 'b' * 1000}) }}"
+    for bomb in (
+        "{{1}}" * 800_000,
+        memory,
+        "{% for a in range(99999) %}{{ messages | string | upper | length }}{% endfor %}",
+    ):
         with pytest.raises(errors.BundleError):
             ChatTemplate(bomb, {}).render([{"role": "user", "content": "x" * 100_000}])
         assert (

@@ -57,6 +57,8 @@ class Renderer:
             raise RenderingFailed(str(problem)) from problem
         with self._lock:
             answer = json.loads(self._exchange(len(data).to_bytes(LENGTH, "little") + data))
+            if "last" in answer:
+                self._end()
         if "failed" in answer:
             raise RenderingFailed(answer["failed"])
         return str(answer["text"])

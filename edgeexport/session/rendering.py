@@ -36,25 +36,24 @@ def main() -> None:
 
 def serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """Answer requests until there are no more. A request has `source` and, where it is to be rendered and not only
-    compiled, `variables` and the time `now`; an answer has `text` or `failed`."""
+    compiled, `variables` and the time `now`; an answer has `text` or `failed`, and `last` where no other request should
+    be made of this process."""
     with suppress(ValueError, OSError):  # macOS has no limit of this kind, and then the time alone is bounded
         resource.setrlimit(resource.RLIMIT_AS, (UNTRUSTED.memory_bytes, UNTRUSTED.memory_bytes))
     while len(size := requests.read(LENGTH)) == LENGTH:
         signal.setitimer(signal.ITIMER_PROF, UNTRUSTED.cpu_seconds)
-        exhausted = False
+        answer: dict[str, Any]
         try:
             answer = _answer(json.loads(requests.read(int.from_bytes(size, "little"))))
         except MemoryError:
-            exhausted = True
-            answer = {"failed": f"the template needs more than {UNTRUSTED.memory_bytes >> 20} MiB of memory"}
+            failed = f"the template needs more than {UNTRUSTED.memory_bytes >> 20} MiB of memory"
+            answer = {"failed": failed, "last": True}  # what is left of the memory is in pieces
         except Exception as error:  # noqa: BLE001 - whatever a template makes Python raise is the template's doing
             answer = {"failed": (str(error) or type(error).__name__)[:1000]}
         signal.setitimer(signal.ITIMER_PROF, 0)
         data = json.dumps(answer).encode("ascii")
         answers.write(len(data).to_bytes(LENGTH, "little") + data)
         answers.flush()
-        if exhausted:  # what is left of the memory is in pieces
-            return
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, str]:
