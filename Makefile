@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test fuzz lint golden damage android android-tools bench bench-first-token bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean
+.PHONY: setup demo test fuzz lint golden damage android android-tools bench bench-first-token bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean kills
 
 setup: $(STAMP)
 
@@ -110,6 +110,10 @@ bench-quality: setup
 # Held-out accuracy of the bundle that `make demo` builds, beside the figures of its training log.
 bench-mini: setup
 	$(BIN)/python -m edgeexport.families.autoglm_phone.evaluate $(MINI)
+
+# Builds, runs and prunes killed a thousand times, in two containers on one cache (an hour).
+kills: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/kills.py
 
 # Our TFLite file beside the one that litert-torch makes, in a venv of its own (2 GB).
 .venv-litert-torch:
