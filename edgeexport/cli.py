@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from typer import CallbackParam
 
-from edgeexport import supervise
+from edgeexport import cli_options, supervise
 from edgeexport.console import Console
 
 app = typer.Typer(
@@ -27,54 +26,21 @@ app.add_typer(debug, name="debug")
 Level = Literal["L1", "L2", "L3", "L4", "L5"]
 
 
-def _set_json(context: typer.Context, value: bool) -> None:
-    context.obj.as_json = value
-
-
-def _set_quiet(context: typer.Context, value: bool) -> None:
-    context.obj.quiet = value
-
-
-def _set_verbose(context: typer.Context, value: int) -> None:
-    context.obj.verbosity = value
-    context.obj.log_to_stderr()
-
-
-def _out_folder(value: Path | None) -> Path | None:
-    from edgeexport import outputs
-
-    if value is not None:
-        outputs.refuse_folder(value)
-    return value
-
-
-def _out_file(value: Path | None) -> Path | None:
-    from edgeexport import outputs
-
-    if value is not None:
-        outputs.refuse_file(value)
-    return value
-
-
-def _text(context: typer.Context, param: CallbackParam, value: str | None) -> str | None:
-    from edgeexport import errors
-
-    if value is not None and any(0xD800 <= ord(character) < 0xE000 for character in value):
-        raise errors.bad_command_line(context.command_path, f"--{param.name} is no text in UTF-8")
-    return value
-
-
 # Options that every command has. Their callbacks set up the console, before any other option is judged.
 Json = Annotated[
-    bool, typer.Option("--json", callback=_set_json, is_eager=True, help="Print one JSON document and nothing else.")
+    bool,
+    typer.Option(
+        "--json", callback=cli_options.set_json, is_eager=True, help="Print one JSON document and nothing else."
+    ),
 ]
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", callback=_set_quiet, is_eager=True, help="No narration, only results.")
+    bool,
+    typer.Option("--quiet", "-q", callback=cli_options.set_quiet, is_eager=True, help="No narration, only results."),
 ]
 Verbose = Annotated[
     int,
     typer.Option(
-        "--verbose", "-v", count=True, callback=_set_verbose, is_eager=True, show_default=False,
+        "--verbose", "-v", count=True, callback=cli_options.set_verbose, is_eager=True, show_default=False,
         help="Log more; twice for debug records and tracebacks.",
     ),
 ]  # fmt: skip
@@ -155,7 +121,7 @@ def build(
     model: Model,
     target: Targets,
     out: Annotated[
-        Path, typer.Option("--out", "-o", callback=_out_folder, help="The bundle is OUT/<model>-<target>/.")
+        Path, typer.Option("--out", "-o", callback=cli_options.out_folder, help="The bundle is OUT/<model>-<target>/.")
     ] = Path("dist"),
     quant: Quant = None,
     max_size: MaxSize = None,
@@ -192,7 +158,7 @@ def build(
         Literal["cpu", "cuda"], typer.Option(help="Where a calibration computes: cuda is an NVIDIA GPU.")
     ] = "cpu",
     dump: Annotated[
-        Path | None, typer.Option(callback=_out_folder, help="Write the graph of every step to this folder.")
+        Path | None, typer.Option(callback=cli_options.out_folder, help="Write the graph of every step to this folder.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an output folder that is something else.")] = False,
     json: Json = False,
@@ -203,7 +169,7 @@ def build(
     from edgeexport import cli_show, pipeline
 
     console: Console = context.obj
-    limit, size = _size("--max-rss", max_rss), _size("--max-size", max_size)
+    limit, size = cli_options.size("--max-rss", max_rss), cli_options.size("--max-size", max_size)
 
     def one(name: str) -> pipeline.BuildResult:
         return pipeline.build(
@@ -239,7 +205,7 @@ def plan(
     from edgeexport import cli_show
     from edgeexport import plan as plans
 
-    asked = plans.Asked(quant, _size("--max-size", max_size), max_kl, for_device)
+    asked = plans.Asked(quant, cli_options.size("--max-size", max_size), max_kl, for_device)
     cli_show.plans(context.obj, target, lambda name: plans.plan(model, name, asked, context_length))
 
 
@@ -247,9 +213,9 @@ def plan(
 def export(
     context: typer.Context,
     model: Model,
-    out: Annotated[Path, typer.Option("--out", "-o", callback=_out_folder, help="The folder to write to.")] = Path(
-        "dist"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", callback=cli_options.out_folder, help="The folder to write to.")
+    ] = Path("dist"),
     context_length: Annotated[
         int | None, typer.Option("--context", min=1, help="Slots of the KV cache; the model's own by default.")
     ] = None,
@@ -288,7 +254,10 @@ def parity(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", "-o", callback=_out_folder, help="With --import: the folder to write to; BUNDLE.parity by default."
+            "--out",
+            "-o",
+            callback=cli_options.out_folder,
+            help="With --import: the folder to write to; BUNDLE.parity by default.",
         ),
     ] = None,
     text: Annotated[
@@ -344,7 +313,7 @@ def parity(
     if text is not None:
         cli_show.parity_text(console, bundle, text, pipeline.parity_text(bundle, model, text, console=console))
         return
-    limit = _size("--max-rss", max_rss)
+    limit = cli_options.size("--max-rss", max_rss)
     cli_show.parity(console, bundle, pipeline.parity(bundle, model, level=level, max_rss=limit, console=console))
 
 
@@ -397,7 +366,7 @@ def inspect(
 def reduce(
     context: typer.Context,
     graph: Annotated[Path, typer.Argument(metavar="MODEL", help="Any .onnx.")],
-    out: Annotated[Path, typer.Option("--out", "-o", callback=_out_file, help="The .onnx to write.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", callback=cli_options.out_file, help="The .onnx to write.")] = Path(
         "reduced.onnx"
     ),
     check: Annotated[
@@ -432,7 +401,7 @@ def eval(
     ],
     function: Annotated[str, typer.Option(help="One of its functions; its default by default.")] = "",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", callback=_out_file, help="Write the outputs here, as .npz.")
+        Path | None, typer.Option("--out", "-o", callback=cli_options.out_file, help="Write the outputs here, as .npz.")
     ] = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -450,9 +419,12 @@ def run(
     context: typer.Context,
     bundle: BundlePath,
     prompt: Annotated[
-        str | None, typer.Option("--prompt", "-p", callback=_text, help="Answer this once instead of a chat.")
+        str | None,
+        typer.Option("--prompt", "-p", callback=cli_options.text, help="Answer this once instead of a chat."),
     ] = None,
-    system: Annotated[str | None, typer.Option(callback=_text, help="The system message of the chat template.")] = None,
+    system: Annotated[
+        str | None, typer.Option(callback=cli_options.text, help="The system message of the chat template.")
+    ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
     image: Annotated[
         list[Path] | None,
@@ -568,15 +540,3 @@ def doctor(context: typer.Context, json: Json = False, quiet: Quiet = False, ver
     from edgeexport import doctor as doctors
 
     cli_show.doctor(context.obj, doctors.report())
-
-
-def _size(option: str, text: str | None) -> int | None:
-    from edgeexport import errors
-    from edgeexport.units import parse_size
-
-    if text is None:
-        return None
-    size = parse_size(text)
-    if size is None:
-        raise errors.bad_size(option, text)
-    return size

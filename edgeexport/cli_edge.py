@@ -44,7 +44,7 @@ def execute(arguments: Sequence[str], console: Console | None = None) -> int:
         console.as_json = False
         return _report(console, problem, arguments)
     except (KeyboardInterrupt, process.Ended) as stop:  # while it was said what failed
-        return _stopped(stop)
+        return process.exit_code(stop)
     return code
 
 
@@ -55,19 +55,14 @@ def _execute(console: Console, arguments: list[str]) -> int:
     except typer.Exit as exit_:
         return exit_.exit_code
     except (KeyboardInterrupt, process.Ended) as stop:
-        return _stopped(stop)
+        return process.exit_code(stop)
     except (BrokenPipeError, process.StreamFailed):
         raise
     except Exception as error:  # noqa: BLE001 - the outermost edge: nothing goes on from here
         if console.stop is not None:  # a library made it out of an interrupt
-            return _stopped(console.stop)
+            return process.exit_code(console.stop)
         return _report(console, error, arguments)
     return 0
-
-
-def _stopped(stop: BaseException) -> int:
-    """The exit code of a process that a signal ended."""
-    return stop.exit_code if isinstance(stop, process.Ended) else 130
 
 
 def _report(console: Console, error: Exception, arguments: Sequence[str]) -> int:

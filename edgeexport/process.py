@@ -101,3 +101,8 @@ def listen_no_more() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)
+
+
+def exit_code(stop: BaseException) -> int:
+    """The exit code of a process that a signal ended."""
+    return stop.exit_code if isinstance(stop, Ended) else 128 + signal.SIGINT

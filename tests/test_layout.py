@@ -77,8 +77,19 @@ quant reads the weights it quantises; bundle finds a backend's runner by name; a
 in the session's words, and parity proves the session's own way into the model. autoglm_phone is trained and judged
 here, so its programs read towers, media and bundles. `pipeline` with its parts and the command line see all."""
 SEES_ALL = {
-    "pipeline", "steps", "choosing", "job", "shipping", "cli", "cli_edge", "cli_show", "cli_chat", "cli_gpu", "cli_import",
-}  # fmt: skip
+    "pipeline",
+    "steps",
+    "choosing",
+    "job",
+    "shipping",
+    "cli",
+    "cli_edge",
+    "cli_show",
+    "cli_chat",
+    "cli_gpu",
+    "cli_import",
+    "cli_options",
+}
 
 BUILD_ROOMS = {
     "backends.coreml_lowering",
