@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 TESTS  := not peer and not scale and not gpu
 
-.PHONY: setup demo test fuzz lint golden damage android android-tools bench bench-first-token bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean kills
+.PHONY: setup demo test fuzz lint golden damage android android-tools bench bench-first-token bench-peers bench-1b bench-1b-engine bench-9b bench-9b-calibrate bench-mini bench-quality test-peer test-gpu clean kills fuzz-native
 
 setup: $(STAMP)
 
@@ -66,6 +66,23 @@ android: android-tools
 	  qemu-aarch64-static/qemu-user-static; do \
 	  command -v $${tool%/*} > /dev/null || { echo "no $${tool%/*}: apt-get install $${tool#*/}"; exit 7; }; done
 	$(BIN)/python -m pytest -q -s -n 0 tests/test_android_*.py
+
+# The native loader's readers under libFuzzer, AddressSanitizer and UBSan: so many inputs of each.
+RUNS ?= 1000000
+FUZZ := build/android/fuzz
+fuzz-native:
+	@for tool in clang++/clang cmake/cmake; do \
+	  command -v $${tool%/*} > /dev/null || { echo "no $${tool%/*}: apt-get install $${tool#*/}"; exit 7; }; done
+	cmake -S android_runtime/cpp -B $(FUZZ) -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++ -DEDGEEXPORT_FUZZ=ON
+	cmake --build $(FUZZ) -j 2 --target fuzz-driver fuzz-native
+	@set -e; for target in $$($(FUZZ)/fuzz-driver); do \
+	  mkdir -p $(FUZZ)/seeds/$$target $(FUZZ)/corpus/$$target; \
+	  $(FUZZ)/fuzz-driver $$target --seeds $(FUZZ)/seeds/$$target; \
+	  echo "$$target: $(RUNS) inputs"; \
+	  FUZZ_TARGET=$$target ASAN_OPTIONS=quarantine_size_mb=64 $(FUZZ)/fuzz-native -runs=$(RUNS) -timeout=10 \
+	    -rss_limit_mb=1024 -max_len=65536 -print_final_stats=1 -verbosity=0 -artifact_prefix=$(FUZZ)/$$target- \
+	    $(FUZZ)/corpus/$$target $(FUZZ)/seeds/$$target; \
+	done
 
 golden: setup
 	$(BIN)/python -m pytest -q tests/test_errors.py --update-golden

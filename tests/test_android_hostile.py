@@ -1,4 +1,4 @@
-"""The native loader under manifests and contracts that contradict their artifacts: an error's code, or the right answer.
+"""The native loader under manifests and contracts that contradict their artifacts: a code, or the right answer.
 
 Every case runs under AddressSanitizer and UBSan, through the C interface.
 """
@@ -32,7 +32,8 @@ CONTEXT, TOKENS = 160, list(range(5, 85))
 """A prompt of more tokens than the shortest piece that LiteRT's signatures take."""
 SIZES = (0, -1, 1, 2**31 - 1, 2**31, 2**32, 2**63 - 1)
 KNOWN_CODES = {"bundle-bad-manifest", "bundle-bad-preprocess", "artifact-does-not-open", "bundle-no-variant",
-               "bundle-no-component", "bundle-file-changed", "bundle-file-missing", "backend-not-built", "modality-missing",
+               "bundle-no-component", "bundle-file-changed", "bundle-file-missing", "backend-not-built",
+               "modality-missing",
                "out-of-memory", "too-many-features", "context-full", "bad-token", "image-tokens-mismatch"}  # fmt: skip
 """What a case may end with: neither runtime-failed nor internal-error, which would say that it got too far."""
 
@@ -270,7 +271,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> tuple[Loader, Path]:
 
 
 def test_another_models_packed_weights_never_answer(twins: tuple[Loader, Path]) -> None:
-    """A bundle that claims the digest, the size and the time of another one's model; and flipped bits in what is kept."""
+    """A bundle that claims another one's digest and time; and flipped bits in what is kept."""
     good, other = twins
     kept = good.bundle.parent
     claims = json.loads((other / "manifest.json").read_text())

@@ -76,7 +76,8 @@ edgeexport_error* guarded(Work work) noexcept {
 
 template <typename... Pointers>
 void require(const char* call, const Pointers*... pointers) {
-  if ((... || (pointers == nullptr))) throw errors::badArgument(call);
+  const bool missing = (... || (pointers == nullptr));
+  if (missing) throw errors::badArgument(call);
 }
 
 edgeexport::RuntimeOptions optionsOf(const edgeexport_options* given) {
