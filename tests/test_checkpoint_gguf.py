@@ -235,7 +235,7 @@ def test_splits_are_those_of_the_originals() -> None:
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
     assert PRE_TOKENIZERS["qwen2"].split == PRETOKENIZE_REGEX
-    for name in ("llama-bpe", "llama3", "llama-v3"):
+    for name in ("llama-bpe", "llama3", "llama-v3", "deepseek-r1-qwen"):
         assert PRE_TOKENIZERS[name].split == GGUF_PRE_TOKENIZER_SPLITS[name]
 
 

@@ -505,10 +505,18 @@ def test_mnn_tokenises_1000_mixed_lines_as_tokenizer_json_does(
     assert llm.apply_chat_template("Hello") == "[Hello]"
 
 
-def test_a_tokenizer_that_mnn_does_not_have_is_refused(llama: tuple[Artifact, Path], tmp_path: Path) -> None:
-    whole = json.loads(trained("plain"))
-    whole["normalizer"] = {"type": "Lowercase"}
-    files = {"tokenizer.json": json.dumps(whole).encode()}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+"""What transformers' LlamaTokenizer cuts by. After a special token MNN puts a mark that it does not put."""
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [({"normalizer": {"type": "Lowercase"}}, "Lowercase"), ({"pre_tokenizer": METASPACE}, "Metaspace that marks")],
+)
+def test_a_tokenizer_that_mnn_does_not_have_is_refused(
+    changed: dict[str, Any], named: str, llama: tuple[Artifact, Path], tmp_path: Path
+) -> None:
+    files = {"tokenizer.json": json.dumps({**json.loads(trained("plain")), **changed}).encode()}
     with pytest.raises(errors.LoweringError, match="mnn-tokenizer-unsupported") as caught:
         mnn.write_package(target(), *llama, files, [7], 32, tmp_path)
-    assert "Lowercase" in caught.value.findings[0].what
+    assert named in caught.value.findings[0].what

@@ -97,6 +97,8 @@ def _splitter(step: Step | None) -> bytes:
     if kind == "Digits":  # MNN's own step of that name knows decimal digits alone, this one halves and Roman ones too
         digits = NUMBER if step.get("individual_digits", False) else NUMBER + "+"
         return struct.pack("<B", 4) + _text(digits) + struct.pack("<BB", 0, BEHAVIOURS["Isolated"])
+    if kind == "Metaspace" and step.get("prepend_scheme") == "first":  # MNN marks what follows a special token as well
+        raise errors.mnn_tokenizer_unsupported("pre_tokenizer", "Metaspace that marks the first word alone")
     if kind == "Metaspace":
         return struct.pack("<B", 3) + _text(step["replacement"]) + struct.pack("<B", _prepends(step))
     if kind == "Split" and step["behavior"] in BEHAVIOURS:
