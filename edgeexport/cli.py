@@ -14,7 +14,7 @@ app = typer.Typer(
     name="edgeexport",
     help="An edge deployment compiler: a language model's checkpoint in, a proven and runnable bundle out.",
     epilog="Exit codes: 0 ok, 1 a bug in edgeexport, 2 usage or target, 3 checkpoint, 4 export, 5 lowering, 6 parity, "
-    "7 missing tool or host, 8 bundle.",
+    "7 missing tool or host, 8 bundle, 9 nothing wrong and not run (verify, parity).",
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from edgeexport.parity.text import TextResult
     from edgeexport.pipeline import BuildResult, ExportResult
 
+NOT_RUN_CODE = 9
+"""Exit code where nothing is wrong, and what was asked for did not run: neither passed nor failed."""
 YES: Cell = ("yes", "green")
 NO: Cell = ("no", "red")
 ROW_KINDS: Mapping[str, Cell] = {
@@ -154,11 +156,11 @@ def export(console: Console, result: ExportResult) -> None:
 
 
 def parity(console: Console, bundle: Path, results: Sequence[ParityResult]) -> None:
-    """The ladder; a FAIL ends with the exit code of a ParityError."""
+    """The ladder; a FAIL ends with the exit code of a ParityError, and one in which nothing ran with its own."""
     from edgeexport.errors import ParityError
 
     verdict = worst(results)
-    code = ParityError.exit_code if verdict is Verdict.FAIL else 0
+    code = {Verdict.FAIL: ParityError.exit_code, Verdict.NOT_RUN: NOT_RUN_CODE}.get(verdict, 0)
     console.json({"bundle": bundle, "verdict": verdict, "results": results, "exit_code": code})
     console.parity(results)
     console.result(f"{bundle}  parity {verdict.value}")
@@ -179,12 +181,14 @@ def parity_text(console: Console, bundle: Path, text: Path, found: TextResult) -
 
 
 def verify(console: Console, bundle: Path, *, golden: bool, threads: int | None) -> None:
-    """Verify and say what was checked. Raises: BundleError with everything that is wrong."""
+    """Verify and say what was checked. Golden vectors that were asked for and are not there end with an exit code of
+    their own. Raises: BundleError with everything that is wrong."""
     from edgeexport.bundle import verify as verifier
 
     with console.step(f"Verifying {bundle}"), console.progress("hashing") as progress:
         report = verifier.verify(bundle, golden=golden, threads=threads, progress=progress)
         report.raise_if_bad()
+    code = NOT_RUN_CODE if golden and report.golden is Verdict.NOT_RUN else 0
     console.json(
         {
             "bundle": bundle,
@@ -194,6 +198,9 @@ def verify(console: Console, bundle: Path, *, golden: bool, threads: int | None)
             "note": report.note,
             "comparison": report.comparison,
             "remarks": report.remarks,
+            "signature": None,
+            "proof": report.proof,
+            "exit_code": code,
         }
     )
     for remark in report.remarks:
@@ -203,6 +210,8 @@ def verify(console: Console, bundle: Path, *, golden: bool, threads: int | None)
         f"{bundle}  {report.files} files, {format_bytes(report.bytes)}, all as built; "
         f"golden vectors {report.golden.value}{note}"
     )
+    console.say(report.proof)
+    raise typer.Exit(code)
 
 
 def inspect(console: Console, document: Mapping[str, Any]) -> None:

@@ -58,12 +58,20 @@ def damaged(bundle: Path, place: Path, seed: int) -> Path:
     name = dice.choice(graphs if dice.random() < 0.7 else component.files)  # weights change numbers, graphs the program
     data = (copy / name).read_bytes()
     for attempt in range(100):
-        changed = mutated_bytes(data, seed * 100 + attempt)
+        changed = _flipped(data, dice) if seed % 2 else mutated_bytes(data, seed * 100 + attempt)
         if changed != data:
             (copy / name).write_bytes(changed)
             break
     rehash(copy)
     return copy
+
+
+def _flipped(data: bytes, dice: random.Random) -> bytes:
+    """One to eight bits flipped: the size stays, which is the first thing that runtimes look at."""
+    changed = bytearray(data)
+    for _ in range(dice.randint(1, 8)):
+        changed[dice.randrange(len(changed))] ^= 1 << dice.randrange(8)
+    return bytes(changed)
 
 
 def outcomes(bundle: Path, seeds: range) -> Iterator[tuple[int, Outcome]]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 from bundles import (
     CONTEXT,
+    PROMPT,
     STEPS,
     TOKENS,
     VALID,
@@ -39,6 +41,7 @@ from edgeexport.bundle.inspect import describe
 from edgeexport.bundle.manifest import Gates, Golden
 from edgeexport.bundle.verify import verify
 from edgeexport.bundle.writer import BundleWriter
+from edgeexport.cli import execute
 
 
 @pytest.fixture(autouse=True)
@@ -345,6 +348,50 @@ def test_swapped_weights_of_the_same_shape_are_found(bundle: Path, tmp_path: Pat
     without = golden_tensors(artifact_logits=None)
     kl = write_bundle(tmp_path / "kl", weights=table(seed=5), tensors=without)
     assert codes(verify(kl)) == ["golden-mismatch"]
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_a_manifests_gates_are_no_looser_than_the_ladders(tmp_path: Path, kl: bool) -> None:
+    """Someone who swaps the weights and may write any gate."""
+    gates = Gates(kl=9e3) if kl else Gates(max_abs=9e3)
+    swapped = write_bundle(tmp_path / "b", weights=5 * table(1), golden=Golden("golden/text.safetensors", gates=gates))
+    report = verify(swapped)
+    assert codes(report) == ["golden-mismatch"]
+    honest = write_bundle(tmp_path / "c", golden=Golden("golden/text.safetensors", gates=gates))
+    assert verify(honest).ok
+
+
+@pytest.mark.parametrize("gate", ["1e300", "10001", "-1", "1e999", "null"])
+def test_a_gate_beyond_all_logits_is_no_gate(bundle: Path, gate: str) -> None:
+    text = (bundle / "manifest.json").read_text()
+    for name in ("max_abs", "kl"):
+        text = re.sub(rf'"{name}": [^,\n]*', f'"{name}": {gate}', text)
+    (bundle / "manifest.json").write_text(text)
+    with pytest.raises(errors.BundleError) as error:
+        verify(bundle)
+    assert code_of(error) == "bundle-bad-manifest"
+
+
+def test_verify_says_what_it_does_not_prove(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and golden vectors that were forged together pass, and are not called proven."""
+    rows = np.cumsum(table(1)[TOKENS], axis=0)[PROMPT - 1 :]
+    forged = write_bundle(
+        tmp_path / "forged", weights=table(1), tensors=golden_tensors(artifact_logits=rows, reference_logits=rows)
+    )
+    for folder in (bundle, forged):
+        assert execute(["verify", str(folder)]) == 0
+        assert "no signature" in capsys.readouterr().err.splitlines()[-1]
+        assert execute(["verify", str(folder), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["signature"] is None
+
+
+def test_golden_vectors_that_do_not_run_are_neither_passed_nor_failed(tmp_path: Path) -> None:
+    bare = write_bundle(tmp_path / "b", golden=Golden(not_run="the ladder stopped at L1"))
+    assert execute(["verify", str(bare)]) == 9
+    assert execute(["verify", str(bare), "--no-golden"]) == 0
+    with (bare / "decoder.bin").open("ab") as file:
+        file.write(b"x")
+    assert execute(["verify", str(bare)]) == 8
 
 
 def test_without_the_artifacts_logits_the_reference_is_the_measure(tmp_path: Path) -> None:

@@ -212,6 +212,8 @@ def test_parity_that_fails_shows_its_rows_and_ends_with_6(pipeline: Any, capsys:
     pipeline.parity = lambda *_, **__: [PASSED]
     assert execute(["parity", "bundle", "model"]) == 0
     assert "parity PASS" in capsys.readouterr().out
+    pipeline.parity = lambda *_, **__: [ParityResult("decoder", "L4", "-", {}, {}, Verdict.NOT_RUN, "no GPU")]
+    assert execute(["parity", "bundle", "model"]) == 9, "neither passed nor failed"
 
 
 def raises(error: BaseException) -> Callable[..., None]:

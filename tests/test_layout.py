@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": BASE | {"packing", "plainfile", "canonical.dialect", "session.runner", "tokenizer_json"},
     "backends.litert_cache": {"checkpoint.digest", "paths"},
     "session": BASE | {"plainfile"},
-    "bundle": BASE | {"session", "backends", "paths", "plainfile", "supervise"},
+    "bundle": BASE | {"session", "backends", "parity.gates", "paths", "plainfile", "supervise"},
     "parity": BASE
     | {
         "memory",
@@ -64,7 +64,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "targets": BASE | {"backends", "quant"},
     "plan": BASE | {"backends", "checkpoint", "families", "quant", "targets"},
     "samples": BASE | {"session"},
-    "stored": BASE | {"backends.storage", "bundle.manifest", "quant.schemes"},
+    "stored": BASE | {"backends", "bundle.manifest", "quant"},
     "borders": BASE | {"canonical.streaming", "quant.codes"},
     "calibrate": BASE | {"borders", "canonical", "memory", "quant"},
     "sensitivity": BASE | {"borders", "calibrate", "canonical", "quant"},

@@ -17,6 +17,7 @@ from msgspec import Meta, Struct
 
 from edgeexport import errors, strict_json
 from edgeexport.bundle.bundle import Bundle, read_manifest
+from edgeexport.bundle.gate_bounds import bounded
 from edgeexport.bundle.manifest import Sha256, Text
 from edgeexport.core import ParityResult, Verdict
 from edgeexport.plainfile import read_plain
@@ -125,7 +126,7 @@ def judge(report: DeviceReport, bundle: Bundle, where: Path) -> list[ParityResul
 
 def _judged(report: DeviceReport, row: Row, bundle: Bundle, where: Path) -> ParityResult:
     note = f"measured on {report.title}"
-    gates = {"max_abs": bundle.manifest.golden.gates.max_abs, "kl": bundle.manifest.golden.gates.kl}
+    gates = msgspec.structs.asdict(bounded(bundle.manifest))
     metrics = {
         name: float(value) if isinstance(value, str) else value
         for name, value in msgspec.structs.asdict(row.metrics).items()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from edgeexport import errors
 from edgeexport.bundle import conformance
+from edgeexport.bundle.gate_bounds import bounded, bounded_max_abs
 from edgeexport.bundle.manifest import Gates, GoldenMedium
 from edgeexport.session import media as media_files
 from edgeexport.session.audio import read_wav
@@ -66,12 +67,13 @@ def replay(bundle: Bundle, threads: int | None = None) -> Comparison:
         data = bundle.read(golden.chat, conformance.MAX_BYTES)
         conformance.check_chat(data, bundle.chat_template(), bundle.tokenizer())
     found = []
+    limits = bounded(bundle.manifest)
     with bundle.session(threads) as session:
         for file, media in ((golden.file, ()), *((case.file, case.media) for case in golden.shown)):
             where = bundle.path / file
             vectors = read_vectors(bundle.read(file, MAX_BYTES), where)
             features = _encoded(session, bundle, media, vectors, where)
-            found.append(compare(answered_logits(session, vectors, where, features), vectors, golden.gates, where))
+            found.append(compare(answered_logits(session, vectors, where, features), vectors, limits, where))
     worst = max(found, key=lambda comparison: comparison.value)
     return Comparison(worst.metric, worst.value, worst.gate, sum(comparison.steps for comparison in found))
 
@@ -144,7 +146,7 @@ def compare(logits: NDArray[np.float32], vectors: Vectors, gates: Gates, where: 
     `logits` is [N+1, V]. Raises golden-mismatch, and golden-unusable when no gate fits what the file holds.
     """
     if vectors.artifact is not None and gates.max_abs is not None:
-        metric, gate = "max_abs", gates.max_abs
+        metric, gate = "max_abs", bounded_max_abs(gates.max_abs, vectors.artifact)
         steps = max_abs_difference(logits, vectors.artifact)
         value = float(steps.max())
     elif gates.kl is not None:

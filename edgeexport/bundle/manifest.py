@@ -24,7 +24,8 @@ Count = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Positive = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Text = Annotated[str, Meta(min_length=1, max_length=4096)]
 Sha256 = Annotated[str, Meta(pattern="^[0-9a-f]{64}$")]
-Gate = Annotated[float, Meta(ge=0.0)]
+Gate = Annotated[float, Meta(ge=0.0, le=1e4)]
+"""Beyond this a gate says nothing; gate_bounds.py has what a scheme's may be."""
 
 
 class FileEntry(Struct, frozen=True, forbid_unknown_fields=True):

@@ -33,6 +33,12 @@ class VerifyReport:
     remarks: tuple[Finding, ...] = ()
 
     @property
+    def proof(self) -> str:
+        """What this shows and what it does not, in a sentence."""
+        computes = ", and the artifact computes its golden vectors" if self.golden is Verdict.PASS else ""
+        return f"no signature: the files are those that the manifest lists{computes}; who made them is not proven"
+
+    @property
     def ok(self) -> bool:
         """True when nothing is wrong. Golden vectors that were not replayed are not wrong; see `golden`."""
         return not self.findings
