@@ -40,7 +40,7 @@ JOBS = ("build", "build", "run", "prune")
 
 def command(arguments: list[str]) -> tuple[int, str]:
     """One command line in this process: its exit code and what it printed."""
-    from edgeexport.cli import execute
+    from edgeexport.cli_edge import execute
 
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         code = execute(arguments)

@@ -41,7 +41,7 @@ from edgeexport.bundle.inspect import describe
 from edgeexport.bundle.manifest import Gates, Golden
 from edgeexport.bundle.verify import verify
 from edgeexport.bundle.writer import BundleWriter
-from edgeexport.cli import execute
+from edgeexport.cli_edge import execute
 
 
 @pytest.fixture(autouse=True)

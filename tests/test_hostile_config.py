@@ -105,7 +105,7 @@ def test_what_transformers_would_not_take_is_named(name: str, key: str, values: 
         ("glm4v", {"text_config__num_hidden_layers": 10**9}),
         ("autoglm_phone", {"text_config__num_hidden_layers": 10**9}),
     ],
-    ids=str,
+    ids=lambda given: given if isinstance(given, str) else " ".join(given),
 )
 def test_a_model_that_is_too_large_to_be_one_costs_nothing(name: str, values: dict[str, Any], zoo: Zoo) -> None:
     began = time.process_time()
