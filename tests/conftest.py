@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +38,16 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Zoo:
     from graphs import Zoo
 
     return Zoo(tmp_path_factory.mktemp("zoo"))
+
+
+@pytest.fixture(scope="session")
+def asked() -> Iterator[Callable[[Path], int]]:
+    """`resolved.ask`, by a process that is forked once for each question: starting Python anew takes seconds."""
+    from tokenizers_zoo import asking
+
+    pytest.importorskip("transformers")
+    with asking() as ask:
+        yield ask
 
 
 @pytest.fixture(scope="module")

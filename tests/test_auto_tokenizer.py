@@ -11,6 +11,7 @@ import pytest
 from mutation import json_bytes
 from tokenizers_zoo import KINDS, TEMPLATE, conversations, lines
 
+from edgeexport.checkpoint import resolved
 from edgeexport.checkpoint.folder import read_tokenizer
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.tokenizer import Tokenizer, special_tokens
@@ -21,7 +22,7 @@ TOKEN = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": F
 
 
 @pytest.fixture(scope="module")
-def zoo() -> dict[str, Any]:
+def kinds() -> dict[str, Any]:
     return {name: made() for name, made in KINDS.items()}
 
 
@@ -177,12 +178,19 @@ def written(folder: Path, files: Files) -> Path:
 
 @pytest.mark.parametrize(("kind", "model", "change"), CASES, ids=lambda value: getattr(value, "__name__", value))
 def test_ids_are_those_of_autotokenizer(
-    kind: str, model: str, change: Callable[[Files], None], zoo: dict[str, Any], tmp_path: Path
+    kind: str,
+    model: str,
+    change: Callable[[Files], None],
+    kinds: dict[str, Any],
+    asked: Callable[[Path], int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     transformers = pytest.importorskip("transformers")
+    monkeypatch.setattr(resolved, "ask", asked)
     config = {"model_type": model}
     files: Files = {
-        "tokenizer.json": json.loads(json.dumps(zoo[kind])),
+        "tokenizer.json": json.loads(json.dumps(kinds[kind])),
         "config.json": config,
         "tokenizer_config.json": {"chat_template": TEMPLATE, "clean_up_tokenization_spaces": True},
     }
@@ -208,10 +216,14 @@ def test_ids_are_those_of_autotokenizer(
         assert tokenizer.encode(template.render(chat), add_special_tokens=False) == expected
 
 
-def test_what_is_written_is_a_tokenizer_of_its_own(zoo: dict[str, Any], tmp_path: Path) -> None:
+def test_what_is_written_is_a_tokenizer_of_its_own(kinds: dict[str, Any], tmp_path: Path) -> None:
     """Whoever opens the bundle's files by transformers gets the same ids: nothing is decided twice."""
     transformers = pytest.importorskip("transformers")
-    files: Files = {"tokenizer.json": zoo["qwen2"], "tokenizer_config.json": {}, "config.json": {"model_type": "qwen2"}}
+    files: Files = {
+        "tokenizer.json": kinds["qwen2"],
+        "tokenizer_config.json": {},
+        "config.json": {"model_type": "qwen2"},
+    }
     everything(files)
     folder = written(tmp_path / "model", files)
     first = read_tokenizer(folder, {"model_type": "qwen2"})

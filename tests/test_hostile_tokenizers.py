@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import resource
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from mutation import json_bytes, mutated_bytes, mutated_json
 from tokenizers_zoo import KINDS, TEMPLATE
 
 from edgeexport import errors
-from edgeexport.checkpoint import auto_tokenizer, resolved
+from edgeexport.checkpoint import resolved
 from edgeexport.checkpoint.folder import read_tokenizer
 from edgeexport.session.chat import ChatTemplate
 from edgeexport.session.tokenizer import Tokenizer, special_tokens
@@ -211,47 +209,11 @@ def _tried(data: bytes, *, tables: bool) -> bool:
     return True
 
 
-SERVER = """
-import os, runpy, sys
-sys.modules["torch"] = None
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
-from pathlib import Path
-main = runpy.run_path(sys.argv[1])["main"]
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        try:
-            os.dup2(2, 1)  # the library prints remarks there
-            main(Path(line.rstrip()))
-        finally:
-            os._exit(0)
-    print(os.waitpid(child, 0)[1], flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[subprocess.Popen[str]]:
-    """The program that asks transformers, forked once for each question: starting it anew takes seconds."""
-    pytest.importorskip("transformers")
-    command = [sys.executable, "-P", "-c", SERVER, auto_tokenizer.__file__]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    ) as process:
-        yield process
-        assert process.stdin is not None
-        process.stdin.close()
-
-
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_mutated_files_open_or_are_refused(
-    kind: str, server: subprocess.Popen[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, asked: Callable[[Path], int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def ask(place: Path) -> int:
-        assert server.stdin is not None and server.stdout is not None
-        print(place, file=server.stdin, flush=True)
-        return int(server.stdout.readline())
-
-    monkeypatch.setattr(resolved, "ask", ask)
+    monkeypatch.setattr(resolved, "ask", asked)
     monkeypatch.setattr(resolved, "_recall", lambda memo: None)
     monkeypatch.setattr(resolved, "_remember", lambda memo, answer: None)
     token = {"content": "<|im_start|>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}

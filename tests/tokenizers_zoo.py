@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 CORPUS = (
@@ -132,3 +136,39 @@ def llama2() -> dict[str, Any]:
 
 KINDS = {"gpt2": gpt2, "llama3": llama3, "qwen2": qwen2, "glm4": glm4, "llama2": llama2}
 """Each kind of tokenizer by the name of the model that has it."""
+
+SERVER = """
+import os, runpy, sys
+sys.modules["torch"] = None
+from transformers import AutoConfig, AutoTokenizer, GPT2Tokenizer, LlamaTokenizer, Qwen2Tokenizer
+from pathlib import Path
+main = runpy.run_path(sys.argv[1])["main"]
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        try:
+            os.dup2(2, 1)  # the library prints remarks there
+            main(Path(line.rstrip()))
+        finally:
+            os._exit(0)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+@contextmanager
+def asking() -> Iterator[Callable[[Path], int]]:
+    """A stand-in for `resolved.ask`: the same program, forked from one that has imported what it needs."""
+    from edgeexport.checkpoint import auto_tokenizer
+
+    command = [sys.executable, "-P", "-c", SERVER, auto_tokenizer.__file__]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        asks, answers = process.stdin, process.stdout
+        assert asks is not None and answers is not None
+
+        def ask(place: Path) -> int:
+            print(place, file=asks, flush=True)
+            return int(answers.readline())
+
+        yield ask
+        asks.close()
