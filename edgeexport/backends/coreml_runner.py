@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,9 @@ from edgeexport.backends.coreml_interpreter import ROOM, Function, Interpreter
 from edgeexport.backends.coreml_mil import Type, identifier
 from edgeexport.backends.coreml_package import package_of
 from edgeexport.core import Array, Dim, TensorSpec
+from edgeexport.session.runner import refuse_other_signature
 
+RUNTIME_NAME = "the interpreter of ML packages"
 RUNTIME = "interpreted on this computer, not by Apple's runtime"
 WIDER = {"int32": "int64", "float16": "float32"}
 """What the runner takes and gives for the package's own types, so that a session sees those of the canonical graph."""
@@ -31,9 +33,13 @@ WIDER = {"int32": "int64", "float16": "float32"}
 class InterpretedDecoder:
     """One decoder at batch 1, in one package or in several that run one after the other."""
 
-    def __init__(self, packages: Sequence[Path], *, threads: int | None, exact: bool) -> None:
+    def __init__(
+        self, folder: Path, component: Any, packages: Sequence[Path], *, threads: int | None, exact: bool
+    ) -> None:
         self._limit = _limit(threads)
         self._parts = [Interpreter(package, exact=exact, room=ROOM // len(packages)) for package in packages]
+        for part in self._parts:
+            _refuse_other(part, folder, component, (DECODE, PREFILL))
         self._states = [part.new_state(DECODE) for part in self._parts]
         one = [part.function(DECODE) for part in self._parts]
         self._fed = "input_ids" if "input_ids" in one[0].inputs else "inputs_embeds"
@@ -89,10 +95,11 @@ class InterpretedGraph:
     Where the number of tokens is symbolic they are taken in pieces: without a state, a token's result is its own.
     """
 
-    def __init__(self, package: Path, variant: str, *, threads: int | None, exact: bool) -> None:
-        self._interpreter = Interpreter(package, exact=exact)
+    def __init__(self, folder: Path, component: Any, variant: str, *, threads: int | None, exact: bool) -> None:
+        self._interpreter = Interpreter(_packages(folder, component, variant)[0], exact=exact)
         self._limit = _limit(threads)
         self._one, self._several = _functions(self._interpreter, variant)
+        _refuse_other(self._interpreter, folder, component, (self._one.name, self._several.name))
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Inputs and outputs by name."""
@@ -145,14 +152,14 @@ def open_decoder(
 
     Raises: BundleError `mlpackage-damaged`, `mlpackage-op-unknown`.
     """
-    return InterpretedDecoder(_packages(folder, component, DECODE), threads=threads, exact=exact)
+    return InterpretedDecoder(folder, component, _packages(folder, component, DECODE), threads=threads, exact=exact)
 
 
 def open_graph(
     folder: Path, component: Any, variant: str = "", *, threads: int | None = None, exact: bool = False
 ) -> InterpretedGraph:
     """Open a component without state, or one variant of it; as `open_decoder`. Raises also `bundle-no-variant`."""
-    return InterpretedGraph(_packages(folder, component, variant)[0], variant, threads=threads, exact=exact)
+    return InterpretedGraph(folder, component, variant, threads=threads, exact=exact)
 
 
 def read_signature(folder: Path, component: Any, variant: str = "") -> dict[str, TensorSpec]:
@@ -207,6 +214,27 @@ def _packages(folder: Path, component: Any, signature: str) -> list[Path]:
         if found:
             return [package_of(folder / file) for file in dict.fromkeys(found)]
     raise errors.bundle_no_variant(_named(component), signature, files)
+
+
+def _refuse_other(interpreter: Interpreter, folder: Path, component: Any, functions: Iterable[str]) -> None:
+    """Raises: BundleError `artifact-does-not-open` where one of these functions of a package is not as promised."""
+    state = tuple((str(past), str(present)) for past, present in component.state)
+    replaced = {identifier(past): present for past, present in state}
+    for signature in component.signatures:
+        name = function_name(re.sub(r"\.\d+$", "", signature.name))  # of the part of a decoder that is in several
+        if name not in functions or package_of(folder / signature.file) != interpreter.package.path:
+            continue
+        function = interpreter.function(name)
+        own = {identifier(spec.name): str(spec.name) for spec in (*signature.inputs, *signature.outputs)}
+        inputs = [_spec(own.get(each, each), kind) for each, kind in {**function.inputs, **function.states}.items()]
+        outputs = [_spec(own.get(each, each), kind) for each, kind in function.outputs.items()]
+        outputs += [_spec(replaced.get(each, each), kind) for each, kind in function.states.items()]
+        where, mine = interpreter.package.path, [pair for pair in state if identifier(pair[0]) in function.states]
+        refuse_other_signature(where, RUNTIME_NAME, signature, (inputs, outputs), mine)
+
+
+def _spec(name: str, kind: Type) -> TensorSpec:
+    return TensorSpec(name, kind.element.name, kind.sizes)
 
 
 def _named(component: Any) -> str:

@@ -34,6 +34,7 @@ class MnnDecoder:
 
     def __init__(self, folder: Path, component: Any, *, threads: int | None, exact: bool) -> None:
         inputs, outputs, _ = _signature(component, "")
+        _refuse_other(folder, component, inputs, outputs)
         self.context, self.vocab = _fixed(inputs[component.state[0][0]], 2), _fixed(outputs[LOGITS], -1)
         self.runtime_seconds = 0.0
         self._folder = folder
@@ -56,6 +57,8 @@ class MnnDecoder:
         # The engine keeps a copy of the graph for each length that it decodes, and one for prompts of any length.
         self._llm.set_context({**self._llm.get_context(), "gen_seq_len": int(len(fed) == 1)})
         made = self._of_ids(fed, position) if self._native is None else self._of_embeddings(fed, position, rope)
+        if made.size % self.vocab or not made.size:
+            raise errors.artifact_failed(str(self._folder), ENGINE, f"it gave {made.size} logits, not {self.vocab}")
         self._logits[:] = made[-self.vocab :]
         self._held = position + len(fed)
         self.runtime_seconds += time.perf_counter() - started
@@ -195,6 +198,28 @@ def _specs(given: Any) -> dict[str, TensorSpec]:
         sizes = tuple(size if isinstance(size, int | Dim) else Dim(str(size), 0, 0) for size in spec.shape)
         found[str(spec.name)] = TensorSpec(str(spec.name), str(spec.dtype), sizes)
     return found
+
+
+def _refuse_other(
+    folder: Path, component: Any, inputs: Mapping[str, TensorSpec], outputs: Mapping[str, TensorSpec]
+) -> None:
+    """MNN's engine has its own names, and its cache is inside: what it tells of the model is how many layers it has.
+    It cuts logits to the promised number, so that one of another size is refused when they come.
+
+    Raises: BundleError `artifact-does-not-open`.
+    """
+    layers = described(folder, (CONFIG, LLM_CONFIG)).facts.get("layer_nums")
+    caches = [inputs.get(past) for past, _ in component.state]
+    alike = {spec and spec.shape for spec in caches}
+    problem = ""
+    if layers != len(caches) / 2:
+        problem = f"it has {layers!r} layers, the manifest promises caches for {len(caches) / 2:g}"
+    elif None in alike or len(alike) != 1 or not all(isinstance(n, int) and n > 0 for n in caches[0].shape):  # type: ignore[union-attr]
+        problem = "the manifest promises caches that are not alike"
+    elif LOGITS not in outputs:
+        problem = "the manifest promises no logits"
+    if problem:
+        raise errors.artifact_does_not_open(str(folder), ENGINE, problem)
 
 
 def _named(component: Any) -> str:

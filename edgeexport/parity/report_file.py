@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
 from edgeexport import errors, strict_json
 from edgeexport.core import ParityResult, Verdict
@@ -44,8 +44,8 @@ class _Weight(Struct, frozen=True):
     tensor: str
     format: str
     snr_db: Number
-    zero_share: Number = 0.0
-    kind: str = msgspec.field(name="class", default="")
+    zero_share: Number | UnsetType = UNSET
+    kind: str | UnsetType = msgspec.field(name="class", default=UNSET)
 
 
 class _Answer(Struct, frozen=True):
