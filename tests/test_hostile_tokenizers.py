@@ -179,15 +179,15 @@ def test_tables_of_a_bad_pattern_are_a_warning(what: str, good: dict[str, Any]) 
 
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_mutated_tokenizers_work_or_are_refused(kind: str) -> None:
-    """2,500 of them through everything that a session and a bundle's tables do with one."""
+    """1,250 of them through everything that a session and a bundle's tables do with one."""
     good = KINDS[kind]()
     worked = 0
-    for seed in range(400):
+    for seed in range(200):
         worked += _tried(json_bytes(mutated_json(good, seed)), tables=seed % 50 == 0)
     data = json_bytes(good)
-    for seed in range(100):
+    for seed in range(50):
         worked += _tried(mutated_bytes(data, seed), tables=seed % 50 == 0)
-    assert 20 < worked < 480  # else the mutations, or the checks, are too strong
+    assert 10 < worked < 240  # else the mutations, or the checks, are too strong
 
 
 def _tried(data: bytes, *, tables: bool) -> bool:
@@ -233,7 +233,7 @@ def test_mutated_files_open_or_are_refused(
     }
     config = {"model_type": {"qwen2": "qwen2", "glm4": "glm4"}.get(kind, "llama"), "transformers_version": "4.40.0"}
     worked = 0
-    for seed in range(40):
+    for seed in range(20):
         files = {name: json_bytes(value) for name, value in good.items()}
         name = list(good)[seed % len(good)]
         files[name] = json_bytes(mutated_json(good[name], seed)) if seed % 5 else mutated_bytes(files[name], seed)
