@@ -20,7 +20,7 @@ from edgeexport.parity import report_file
 from edgeexport.parity.report import write_html, write_json
 
 COUNT = 400
-"""Inputs of each kind; ten times as many were tried when the readers were written."""
+"""Inputs of each kind."""
 
 
 def tried(read: Callable[[int], Any], count: int = COUNT) -> tuple[int, int]:
