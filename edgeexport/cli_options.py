@@ -26,27 +26,27 @@ def set_verbose(context: typer.Context, value: int) -> None:
 
 def out_folder(value: Path | None) -> Path | None:
     """A folder to write to. Raises: UsageError `output-not-writable`."""
-    from edgeexport import outputs
-
     if value is not None:
+        from edgeexport import outputs
+
         outputs.refuse_folder(value)
     return value
 
 
 def out_file(value: Path | None) -> Path | None:
     """A file to write. Raises: UsageError `output-not-writable`."""
-    from edgeexport import outputs
-
     if value is not None:
+        from edgeexport import outputs
+
         outputs.refuse_file(value)
     return value
 
 
 def text(context: typer.Context, param: CallbackParam, value: str | None) -> str | None:
     """Text for a model. Raises: UsageError `bad-command-line` where its bytes are not UTF-8."""
-    from edgeexport import errors
-
     if value is not None and any(0xD800 <= ord(character) < 0xE000 for character in value):
+        from edgeexport import errors
+
         raise errors.bad_command_line(context.command_path, f"--{param.name} is no text in UTF-8")
     return value
 

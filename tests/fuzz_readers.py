@@ -29,7 +29,6 @@ from edgeexport.bundle import conformance, device_report, golden
 from edgeexport.bundle import manifest as manifests
 from edgeexport.checkpoint import gguf, open_checkpoint, safetensors
 from edgeexport.checkpoint.files import parse_object
-from edgeexport.checkpoint.folder import read_tokenizer
 from edgeexport.checkpoint.gguf_architectures import read_model
 from edgeexport.checkpoint.gguf_tokenizer import tokenizer_files
 from edgeexport.core import Checkpoint
@@ -219,25 +218,6 @@ def read_processor(data: bytes, folder: Path) -> None:
     contract_from_processor(parse_object(data, folder / "preprocessor_config.json"))
 
 
-def tokenizer_sides(folder: Path) -> list[Any]:
-    tiny(folder)
-    entry = {"content": "<s>", "special": True, "lstrip": False, "rstrip": False, "single_word": False}
-    return [
-        {
-            "bos_token": "<s>",
-            "eos_token": entry,
-            "chat_template": "{{ messages }}",
-            "added_tokens_decoder": {"0": entry},
-        },
-        {"chat_template": [{"name": "default", "template": "{{ messages }}"}], "model_max_length": 10**30},
-    ]
-
-
-def read_tokenizer_side(data: bytes, folder: Path) -> None:
-    (folder / "llama" / "tokenizer_config.json").write_bytes(data)
-    read_tokenizer(folder / "llama")
-
-
 # bundles
 
 
@@ -260,8 +240,7 @@ def vectors(_: Path) -> list[Any]:
 
 
 def read_vectors(data: bytes, folder: Path) -> None:
-    (folder / "golden.safetensors").write_bytes(data)
-    golden.read_vectors(folder / "golden.safetensors")
+    golden.read_vectors(data, folder / "golden.safetensors")
 
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
@@ -410,7 +389,6 @@ READERS: tuple[Reader, ...] = (
     Reader("gguf values", gguf_values, read_gguf_values, 10),
     Reader("config to plan", configs, read_config, 3),
     Reader("config to torch", configs, read_config_into_torch, 1),
-    Reader("tokenizer's side files", tokenizer_sides, read_tokenizer_side, 20),
     Reader("preprocessor config", lambda _: [dict(PROCESSOR)], read_processor, 40),
     Reader("manifest", manifest, lambda data, _: manifests.from_json(data), 40),
     Reader("preprocess", contracts, read_contract, 20),

@@ -386,15 +386,15 @@ def test_named_templates(folder: Path, template: Any, expected: bytes | None) ->
     [
         ("chat_template.jinja", b"{{ '\xff' }}", "file-unreadable"),
         ("tokenizer_config.json", b'{"chat_template": "\xff"}', "bad-json"),
-        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "tokenizer-unusable"),
-        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "tokenizer-unusable"),
+        ("tokenizer_config.json", b'{"chat_template": "\\ud800"}', "bad-json"),
+        ("tokenizer_config.json", b'{"eos_token": "\\ud800"}', "bad-json"),
         ("tokenizer_config.json", b'{"chat_template": 5}', "tokenizer-unusable"),
         ("tokenizer_config.json", b'{"added_tokens_decoder": {"a": 1}}', "tokenizer-unusable"),
         ("tokenizer_config.json", b'{"auto_map": {"AutoTokenizer": [null, "x.Y"]}}', "tokenizer-unusable"),
         ("added_tokens.json", b'["a"]', "bad-json"),
         ("added_tokens.json", b'{"a": "b"}', "tokenizer-unusable"),
         ("special_tokens_map.json", b'{"eos_token": 7}', "tokenizer-unusable"),
-        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "tokenizer-unusable"),
+        ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"\\ud800": 0}, "merges": []}}', "bad-json"),
     ],
 )
 def test_bad_files_beside_a_tokenizer(folder: Path, name: str, data: bytes, code: str) -> None:

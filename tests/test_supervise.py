@@ -182,7 +182,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("line", [["verify"], ["run", "-p", "x"], ["bench"]])
+@pytest.mark.parametrize("line", [["verify"], ["run", "--raw", "-p", "x"], ["bench"]])
 def test_a_runtime_that_crashes_is_an_error_of_ours(bundles: dict[str, Path], line: list[str]) -> None:
     command = [sys.executable, "-c", CRASHING, line[0], str(bundles["host-ort"]), *line[1:]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)

@@ -122,10 +122,8 @@ def _runs(evidence: Evidence) -> list[ParityResult]:
         return [ParityResult(name, "L1", "runs", {}, {}, Verdict.NOT_RUN, why) for name in subject.parts]
     try:
         shipped = evidence.shipped
-    except errors.EdgeExportError:
-        raise
-    except Exception as problem:  # noqa: BLE001 - of a runtime: each has classes of its own, and they share no other
-        note = f"the runtime refused it: {' '.join(str(problem).split())[:300]}"
+    except errors.BundleError as problem:
+        note = f"the runtime refused it: {' '.join(problem.findings[0].why.split())[:300]}"
         return [ParityResult("model", "L1", "runs", {}, {}, Verdict.FAIL, note)]
     found = []
     for name in subject.parts:
