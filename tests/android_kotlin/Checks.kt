@@ -242,7 +242,7 @@ suspend fun misusedCache(given: Given) {
         }
     }
     // a cache's memory is given back when it is closed
-    val session = given.options.run { Native.open(given.bundle, threads, onnxruntime, litert, cacheFolder) }
+    val session = given.options.run { Native.open(given.bundle, threads, onnxruntime, litert, cacheFolder, verified) }
     val long = "x".repeat(900_000)
     fun filled() = ResponseCache().use { cache ->
         cache.ask(session, Message.user("Tap it")).accept(long)
