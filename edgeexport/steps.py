@@ -17,7 +17,7 @@ import numpy as np
 
 from edgeexport import backends, errors, outputs, quant, threads
 from edgeexport.bench import peak_rss_of_all
-from edgeexport.bundle.artifacts import OpenArtifacts, read_signature
+from edgeexport.bundle.artifacts import OpenArtifacts, read_signature, size_of
 from edgeexport.bundle.cache import Cache, key
 from edgeexport.checkpoint import WeightReader
 from edgeexport.console import Console
@@ -84,7 +84,6 @@ def read_tokenizer(job: Job) -> list[Finding]:
 def _import_meanwhile(work: Callable[[], object]) -> None:
     """Do `work`, which waits for another process where nothing is remembered of it; import meanwhile what tracing needs
     then, which takes as long."""
-
     with threads.pool(1) as pool, suppress(errors.EdgeExportError):  # which is raised where it is asked again
         waiting = pool.submit(work)
         wait([waiting], 0.1)
@@ -181,12 +180,6 @@ class Built:
             for name in linear
         )  # fmt: skip
         return found.most_common(1)[0][0] if found else "rounded"
-
-    @property
-    def size(self) -> int:
-        """Bytes of the files of a component that has been compiled."""
-        folder, artifact = self.files
-        return sum((folder / name).stat().st_size for name in artifact.files)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every weight, by the canonical graph's names."""
@@ -362,7 +355,7 @@ def climb(
         overrides=_gates(job),
         probe=_probe(job, parts, shown, console),
         stand_in=getattr(runner, "STAND_IN", None),
-        loads=sum(part.size for part in parts),
+        loads=sum(size_of(*part.files) for part in parts),
     )
     return ladder.climb(subject, job.parity, watch)
 

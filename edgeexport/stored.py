@@ -13,11 +13,10 @@ from msgspec import Meta, Struct
 from edgeexport import errors, strict_json
 from edgeexport.backends.storage import misplaced
 from edgeexport.core import Format, Shift, StoredWeight
-from edgeexport.quant.schemes import FLOAT8_CHANNEL, FORMATS, PALETTE4
+from edgeexport.quant.schemes import KNOWN
 
 MAX_BYTES = 64 << 20
 """A weight takes about 600 bytes; the largest models have some thousands."""
-KNOWN = {**FORMATS, PALETTE4.name: PALETTE4, FLOAT8_CHANNEL.name: FLOAT8_CHANNEL}
 
 Place = Annotated[int, Meta(ge=-1, le=2**62)]
 Size = Annotated[int, Meta(ge=1, le=2**40)]

@@ -23,6 +23,7 @@ from bundles import VALID, golden_tensors
 from factories import tiny_model, with_tokenizer, write_gguf
 from graphs import PROCESSOR, write_checkpoint
 from mutation import mutated_bytes, mutated_json
+from test_targets import GOOD
 
 from edgeexport import families, strict_json, targets
 from edgeexport.bundle import conformance, device_report, golden
@@ -294,28 +295,6 @@ def read_plan(data: bytes, folder: Path) -> None:
     budget.read(folder / "plan.json")
 
 
-TOML = b"""\
-title = "A computer"
-platform = "host"
-backend = "onnxruntime"
-artifact = ".onnx"
-precision = "float32"
-quant = "int4-b32"
-context = 2048
-requires = ["ONNX Runtime"]
-
-[limits]
-max_file_bytes = 1000
-
-[parity.L4]
-max_abs = 0.01
-why = "measured"
-
-[options]
-accuracy_level = 1
-"""
-
-
 def read_target(data: bytes, folder: Path) -> None:
     (folder / "mine.toml").write_bytes(data)
     targets.load(str(folder / "mine.toml"))
@@ -397,7 +376,7 @@ READERS: tuple[Reader, ...] = (
     Reader("golden chat", turns, read_turns, 20),
     Reader("plan of formats", plans, read_plan, 40),
     Reader("smoothing", folds, read_folds, 40),
-    Reader("target", lambda _: [TOML], read_target, 40),
+    Reader("target", lambda _: [GOOD.encode()], read_target, 40),
     Reader("chat template", lambda _: TEMPLATES, read_template, 20),
     Reader("picture", pictures, lambda data, _: read_image(data), 40),
     Reader("sound", sounds, lambda data, _: read_wav(data), 40),

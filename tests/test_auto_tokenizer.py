@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from mutation import json_bytes
-from tokenizers_zoo import KINDS, TEMPLATE, conversations, lines
+from tokenizers_zoo import CUT_AND_PADDED, KINDS, TEMPLATE, conversations, lines
 
 from edgeexport.checkpoint import resolved
 from edgeexport.checkpoint.folder import read_tokenizer
@@ -91,20 +91,7 @@ def bos_and_eos(files: Files) -> None:
 
 
 def cut_and_padded(files: Files) -> None:
-    files["tokenizer.json"]["truncation"] = {
-        "direction": "Right",
-        "max_length": 3,
-        "strategy": "LongestFirst",
-        "stride": 0,
-    }
-    files["tokenizer.json"]["padding"] = {
-        "strategy": {"Fixed": 10**9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "a",
-    }
+    files["tokenizer.json"] |= CUT_AND_PADDED
 
 
 def another_class(name: str) -> Callable[[Files], None]:

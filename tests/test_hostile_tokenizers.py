@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from mutation import json_bytes, mutated_bytes, mutated_json
-from tokenizers_zoo import KINDS, TEMPLATE
+from tokenizers_zoo import CUT_AND_PADDED, KINDS, TEMPLATE
 
 from edgeexport import errors
 from edgeexport.checkpoint import resolved
@@ -125,16 +125,7 @@ def test_decoding_is_bounded_too(good: dict[str, Any]) -> None:
 
 
 def test_what_the_file_pads_and_cuts_does_not_count(good: dict[str, Any]) -> None:
-    padding = {
-        "strategy": {"Fixed": 10**9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 0,
-        "pad_type_id": 0,
-        "pad_token": "a",
-    }
-    truncation = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
-    data = json_bytes({**good, "padding": padding, "truncation": truncation})
+    data = json_bytes({**good, **CUT_AND_PADDED})
     assert tokens(data) == tokens(json_bytes(good))
     files, findings = table_files(data, None, pictures=False)
     assert files == table_files(json_bytes(good), None, pictures=False)[0] and findings == []

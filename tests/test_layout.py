@@ -46,7 +46,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backends": BASE | {"packing", "plainfile", "canonical.dialect", "session.runner", "tokenizer_json"},
     "backends.litert_cache": {"checkpoint.digest", "paths"},
     "session": BASE | {"plainfile"},
-    "bundle": BASE | {"session", "backends", "parity.gates", "paths", "plainfile", "supervise"},
+    "bundle": BASE | {"session", "backends", "parity.gates", "paths", "plainfile", "quant.schemes", "supervise"},
     "parity": BASE
     | {
         "memory",

@@ -137,6 +137,19 @@ def llama2() -> dict[str, Any]:
 KINDS = {"gpt2": gpt2, "llama3": llama3, "qwen2": qwen2, "glm4": glm4, "llama2": llama2}
 """Each kind of tokenizer by the name of the model that has it."""
 
+CUT_AND_PADDED: dict[str, Any] = {
+    "truncation": {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0},
+    "padding": {
+        "strategy": {"Fixed": 10**9},
+        "direction": "Right",
+        "pad_to_multiple_of": None,
+        "pad_id": 0,
+        "pad_type_id": 0,
+        "pad_token": "a",
+    },
+}
+"""Sections of a tokenizer.json that leave a text a token, and a billion of padding."""
+
 SERVER = """
 import os, runpy, sys
 sys.modules["torch"] = None

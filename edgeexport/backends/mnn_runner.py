@@ -210,11 +210,12 @@ def _refuse_other(
     """
     layers = described(folder, (CONFIG, LLM_CONFIG)).facts.get("layer_nums")
     caches = [inputs.get(past) for past, _ in component.state]
-    alike = {spec and spec.shape for spec in caches}
+    shapes = {spec.shape if spec is not None else () for spec in caches}
+    shape = shapes.pop() if len(shapes) == 1 else ()
     problem = ""
     if layers != len(caches) / 2:
         problem = f"it has {layers!r} layers, the manifest promises caches for {len(caches) / 2:g}"
-    elif None in alike or len(alike) != 1 or not all(isinstance(n, int) and n > 0 for n in caches[0].shape):  # type: ignore[union-attr]
+    elif not shape or not all(isinstance(size, int) and size > 0 for size in shape):
         problem = "the manifest promises caches that are not alike"
     elif LOGITS not in outputs:
         problem = "the manifest promises no logits"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ class OpenArtifacts:
 
     def __init__(self, find: Find, threads: int | None = None, *, exact: bool = False) -> None:
         self._find, self._threads, self._exact = find, threads, exact
-        self._graphs: dict[tuple[str, str], GraphRunner] = {}
+        self._graphs: dict[tuple[str, str], _Graph] = {}
 
     @cached_property
     def decoder(self) -> DecoderRunner:
         """The decoder; it belongs to who asked for it, and `close` leaves it open."""
         folder, component = self._find("decoder")
         runner = backends.load_runner(component.backend)
-        size = _size(folder, component)
+        size = size_of(folder, component)
         if not component.state:
             raise errors.artifact_does_not_open(str(folder), component.backend, "the manifest promises no KV cache")
         with supervise.opening(size), _translated(folder, component, errors.artifact_does_not_open):
@@ -42,22 +43,21 @@ class OpenArtifacts:
 
     def run(self, component: str, variant: str, inputs: Mapping[str, Array]) -> Mapping[str, Array]:
         """Run a component without state."""
-        folder, found = self._find(component)
-        size = _size(folder, found)
         graph = self._graphs.get((component, variant))
-        if graph is None:
-            runner = backends.load_runner(found.backend)
+        if graph is None:  # finding it opens its files, and an embedding is asked for every token
+            folder, found = self._find(component)
+            runner, size = backends.load_runner(found.backend), size_of(folder, found)
             with supervise.opening(size), _translated(folder, found, errors.artifact_does_not_open):
-                graph = runner.open_graph(folder, found, variant, threads=self._threads, exact=self._exact)
-            self._graphs[component, variant] = graph
+                opened = runner.open_graph(folder, found, variant, threads=self._threads, exact=self._exact)
+            graph = self._graphs[component, variant] = _Graph(opened, folder, found, size)
         rows = max((array.size // array.shape[-1] for array in inputs.values() if array.size), default=1)
-        with supervise.calling(size, rows), _translated(folder, found, errors.artifact_failed):
-            return graph.run(inputs)
+        with supervise.calling(graph.size, rows), _translated(graph.folder, graph.component, errors.artifact_failed):
+            return graph.runner.run(inputs)
 
     def close(self) -> None:
         """Release the components without state. One that is run again is opened again."""
         for graph in self._graphs.values():
-            graph.close()
+            graph.runner.close()
         self._graphs.clear()
 
 
@@ -65,9 +65,19 @@ def read_signature(folder: Path, component: Any, variant: str) -> Mapping[str, T
     """Inputs and outputs of an artifact as its runner sees them. Raises: BundleError `artifact-does-not-open`, and what
     else a runner tells of its artifact."""
     runner = backends.load_runner(component.backend)
-    with supervise.opening(_size(folder, component)), _translated(folder, component, errors.artifact_does_not_open):
+    with supervise.opening(size_of(folder, component)), _translated(folder, component, errors.artifact_does_not_open):
         found: Mapping[str, TensorSpec] = runner.read_signature(folder, component, variant)
         return found
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A runner's component without state, open, and the bytes of its files."""
+
+    runner: GraphRunner
+    folder: Path
+    component: Any
+    size: int
 
 
 class _Decoder:
@@ -101,7 +111,7 @@ def _translated(
     return foreign(lambda problem: error(str(folder), component.backend, problem))
 
 
-def _size(folder: Path, component: Any) -> int:
+def size_of(folder: Path, component: Any) -> int:
     """Bytes of a component's files."""
     total = 0
     for name in component.files:

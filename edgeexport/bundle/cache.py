@@ -42,7 +42,8 @@ KEPT_SECONDS = 7 * 24 * 3600
 """After which unfinished work that nobody has gone on with is removed."""
 _REFUSED = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 """What the system says of a cache that may be read alone."""
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
+"""What it says where a file system has no locks."""
 
 
 def key(*parts: object) -> str:
@@ -225,7 +226,7 @@ class Cache:
 
     def _elsewhere(self, problem: OSError) -> Path:
         """A temporary folder in place of a cache that may only be read. Raises: ToolError `cache-not-writable`."""
-        if problem.errno not in _REFUSED | _NO_LOCKS:
+        if problem.errno not in _REFUSED | NO_LOCKS:
             raise errors.cache_not_writable(self._home, problem.strerror or str(problem)) from problem
         if self._instead is None:
             try:
@@ -277,7 +278,7 @@ def _lock(descriptor: int, how: int, *, otherwise: bool = True) -> bool:
     except BlockingIOError:
         return False
     except OSError as problem:
-        if problem.errno not in _NO_LOCKS:
+        if problem.errno not in NO_LOCKS:
             raise
         return otherwise
     return True

@@ -6,16 +6,12 @@ gates than the ladder has for its scheme, never for looser ones.
 
 from __future__ import annotations
 
-import re
-
 import numpy as np
 
 from edgeexport.bundle.manifest import Component, Gates, Manifest
 from edgeexport.core import Array
-from edgeexport.parity.gates import EXACT_MAX_ABS, REFERENCE_KL
-from edgeexport.parity.gates import kind as kind_of
-
-MULTIPLIED = ("linear", "encoder")
+from edgeexport.parity.gates import EXACT_MAX_ABS, REFERENCE_KL, Stored, grade_of, kind_of
+from edgeexport.quant.schemes import FP16, KNOWN
 
 
 def bounded(manifest: Manifest) -> Gates:
@@ -25,9 +21,11 @@ def bounded(manifest: Manifest) -> Gates:
     decoder = manifest.component("decoder")
     if decoder is None:
         return asked
-    kl = None if asked.kl is None else min(asked.kl, REFERENCE_KL[_grade(manifest, decoder)])
+    weights, half = _stored(decoder), _half(decoder)
+    provenance = manifest.calibration.provenance if manifest.calibration is not None else "rounded"
+    kl = None if asked.kl is None else min(asked.kl, REFERENCE_KL[grade_of(weights, provenance, half=half)])
     most = asked.max_abs
-    if most is not None and _kind(decoder) == "float":
+    if most is not None and kind_of(weights, half=half) == "float":
         most = min(most, 2 * EXACT_MAX_ABS)
     return Gates(max_abs=most, kl=kl)
 
@@ -40,30 +38,11 @@ def bounded_max_abs(gate: float, logits: Array) -> float:
     return min(gate, spread / 2)
 
 
-def _formats(decoder: Component) -> list[tuple[str, str]]:
-    return [(each.tensor_class, each.format) for each in decoder.weights]
+def _stored(decoder: Component) -> Stored:
+    return [(each.tensor_class, KNOWN[each.format]) for each in decoder.weights if each.format in KNOWN]
 
 
-def _bits(name: str) -> int:
-    """Bits of an integer format (int4-b32, palette4, float8-channel), 0 of another, as their names tell."""
-    found = re.match(r"(?:int|palette|float)(4|8)", name)
-    return int(found[1]) if found else 0
-
-
-def _kind(decoder: Component) -> str:
-    """As the ladder's own, from what the manifest tells of the weights and the cache."""
-    formats = _formats(decoder)
-    bits = [_bits(name) for kind, name in formats if kind in MULTIPLIED and _bits(name)]
-    bits = bits or [_bits(name) for _, name in formats if _bits(name)]
-    halves = any(name == "fp16" for _, name in formats) or (decoder.kv is not None and decoder.kv.dtype == "float16")
-    return kind_of(min(bits, default=16 if halves else 32))
-
-
-def _grade(manifest: Manifest, decoder: Component) -> str:
-    kind = _kind(decoder)
-    if kind != "int4":
-        return kind
-    provenance = manifest.calibration.provenance if manifest.calibration is not None else "rounded"
-    packed = [name for group, name in _formats(decoder) if group in MULTIPLIED and _bits(name) == 4]
-    narrow = all(re.match(r"int4-b(16|32)\b", name) for name in packed)
-    return f"{kind} {provenance}{'' if narrow or provenance != 'gptq' else ' wide'}"
+def _half(decoder: Component) -> bool:
+    """Whether it computes in float16, from what the manifest tells of the weights and the cache."""
+    kept = decoder.kv is not None and decoder.kv.dtype == "float16"
+    return kept or any(each.format == FP16.name for each in decoder.weights)

@@ -16,6 +16,7 @@ from types import TracebackType
 from edgeexport import errors
 from edgeexport.bundle import manifest as manifests
 from edgeexport.bundle.bundle import open_bundle
+from edgeexport.bundle.cache import NO_LOCKS
 from edgeexport.bundle.files import sha256_of
 from edgeexport.bundle.manifest import DIGEST_FILE, FILE, FileEntry, Manifest
 
@@ -23,7 +24,6 @@ _NOT_WRITABLE = frozenset({
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO,
     errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 })  # fmt: skip
-_NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL})
 FICLONE = 0x40049409
 """The request of Linux that makes one file of another's blocks, which are copied when either changes."""
 PIECE = 1 << 22
@@ -179,7 +179,7 @@ def _locked(path: Path, destination: Path) -> int:
         except FileNotFoundError:
             pass
         except OSError as error:
-            if error.errno in _NO_LOCKS:  # nothing keeps two builds to one place apart here but their random names
+            if error.errno in NO_LOCKS:  # nothing keeps two builds to one place apart here but their random names
                 return descriptor
             os.close(descriptor)
             raise

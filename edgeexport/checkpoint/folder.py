@@ -109,13 +109,6 @@ def _template(folder: Path) -> bytes | None:
         for name in ("processor_config.json", "chat_template.json"):
             path = find(folder, name)
             text = read_object(path, TOKENIZER_LIMIT).get("chat_template") if path is not None else None
-            if path is not None and isinstance(text, str):
-                return _utf8(text, path)
+            if isinstance(text, str):
+                return text.encode("utf-8")
     return None
-
-
-def _utf8(text: str, path: Path) -> bytes:
-    try:
-        return text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise errors.bad_json(path, "a text in it has half a surrogate pair, which is no Unicode") from problem

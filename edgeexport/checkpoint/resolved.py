@@ -24,7 +24,7 @@ from edgeexport import errors
 from edgeexport.checkpoint import auto_tokenizer
 from edgeexport.checkpoint.files import TOKENIZER_LIMIT, dump_object
 from edgeexport.core import Finding
-from edgeexport.paths import cache_dir
+from edgeexport.paths import cache_dir, write_whole
 
 WALL_SECONDS = 600
 """Of the process that asks transformers: it takes 3 s on a quiet machine."""
@@ -153,10 +153,7 @@ def _recall(memo: Path) -> bytes | None:
 def _remember(memo: Path, answer: bytes) -> None:
     """Write it whole or not at all. A cache that cannot be written costs time, not the build."""
     with suppress(OSError):
-        memo.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=memo.parent, prefix=".", delete=False) as file:
-            file.write(_seal(memo, answer) + b"\n" + answer)
-        Path(file.name).replace(memo)
+        write_whole(memo, _seal(memo, answer) + b"\n" + answer)
         for old in sorted(memo.parent.iterdir(), key=lambda path: path.stat().st_mtime, reverse=True)[KEPT:]:
             old.unlink(missing_ok=True)
 

@@ -5,10 +5,10 @@ A target may loosen one with a `why` in its [parity] section. Measured on SmolLM
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edgeexport.core import Format
+from edgeexport.core import Format, Provenance
 
 GRAPH_MAX_ABS = 1e-3
 """L2: logits of two float32 programs of the same arithmetic. Measured 5e-5 at logits up to 33."""
@@ -88,6 +88,31 @@ rounding activations to int8 may change: over 320 tokens the artifact left the g
 def kind(scheme_bits: int) -> str:
     """The row of the tables above for linears of so many bits; "half" is float16 weights and activations."""
     return {4: "int4", 8: "int8", 16: "half"}.get(scheme_bits, "float")
+
+
+MULTIPLIED = ("linear", "encoder")
+"""Classes of the tensors that most of a component's work is done by."""
+
+Stored = Sequence[tuple[str, Format]]
+"""How a component's weights are stored: the class of each, or of some together, and the format."""
+
+
+def kind_of(weights: Stored, *, half: bool) -> str:
+    """The scheme's kind, by the smallest integers that a component multiplies by, else by what it computes in: float16
+    where `half`."""
+    bits = [fmt.bits for group, fmt in weights if group in MULTIPLIED and fmt.integer]
+    bits = bits or [fmt.bits for _, fmt in weights if fmt.integer]
+    return kind(min(bits, default=16 if half else 32))
+
+
+def grade_of(weights: Stored, provenance: Provenance, *, half: bool) -> str:
+    """The kind and, at 4 bits, where most of the integers come from: the row of the tables of L5."""
+    found = kind_of(weights, half=half)
+    if found != "int4":
+        return found
+    packed = [fmt for group, fmt in weights if group in MULTIPLIED and fmt.bits == 4]
+    wide = provenance == "gptq" and any(not 0 < fmt.block <= 32 for fmt in packed)
+    return f"{found} {provenance}{' wide' if wide else ''}"
 
 
 def gate(overrides: Mapping[str, Any], level: str, name: str, default: float) -> float:

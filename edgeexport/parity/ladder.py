@@ -436,28 +436,15 @@ def _drift(oracle: Mapping[str, Array], graph: Mapping[str, Array]) -> list[dict
 
 
 def _kind(part: Part) -> str:
-    """The scheme's kind, by the smallest integers that the component multiplies by, else by what it computes in."""
-    multiplied = ("linear", "encoder")
-    bits = [
-        fmt.bits for name, fmt in part.plan.formats.items() if part.plan.classes[name] in multiplied and fmt.integer
-    ]
-    if not bits:
-        bits = [fmt.bits for fmt in part.plan.formats.values() if fmt.integer]
-    return gates.kind(min(bits, default=16 if part.half else 32))
+    return gates.kind_of(_stored(part), half=part.half)
 
 
 def _grade(part: Part) -> str:
-    """The kind and, at 4 bits, where the integers come from: the row of the tables of L5."""
-    kind = _kind(part)
-    if kind != "int4":
-        return kind
-    packed = [
-        fmt
-        for name, fmt in part.plan.formats.items()
-        if fmt.bits == 4 and part.plan.classes[name] in ("linear", "encoder")
-    ]
-    wide = part.provenance == "gptq" and any(not 0 < fmt.block <= 32 for fmt in packed)
-    return f"{kind} {part.provenance}{' wide' if wide else ''}"
+    return gates.grade_of(_stored(part), part.provenance, half=part.half)
+
+
+def _stored(part: Part) -> gates.Stored:
+    return [(part.plan.classes[name], fmt) for name, fmt in part.plan.formats.items()]
 
 
 def _row(

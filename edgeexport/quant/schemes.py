@@ -38,6 +38,9 @@ FORMATS: Mapping[str, Format] = {
     )
 }
 
+KNOWN: Mapping[str, Format] = {**FORMATS, PALETTE4.name: PALETTE4, FLOAT8_CHANNEL.name: FLOAT8_CHANNEL}
+"""Every format that a bundle may name."""
+
 
 @dataclass(frozen=True)
 class Scheme:
